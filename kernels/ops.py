@@ -1,0 +1,398 @@
+"""The scan's public operators: argument checks, choice of backend, and registration with torch.
+
+`auto` and `triton` go through operators registered with `torch.library`, which compile and FLOP counters see as one
+call; `parallel` and `reference` are plain torch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from . import parallel, reference
+from .routes import ROUTES
+
+Backend = Literal["auto", "triton", "parallel", "reference"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan of a sequence (Eqs. 1-4), with the arguments, layout and meaning that Mamba's users know.
+
+    h_t = exp(Δ_t A) ∘ h_{t-1} + Δ_t B_t u_t,  y_t = (C_t · h_t + D ∘ u_t) ∘ SiLU(z_t). States and exponentials are
+    float32 whatever the inputs are (float64 for float64 inputs). Batch B, channels D, length L, states N, groups G.
+
+    Args:
+        u: input, (B, D, L).
+        delta: step sizes, (B, D, L).
+        A: state matrix, real, (D, N).
+        B: input projection, (B, N, L) or (B, G, N, L), a group serving D/G neighbouring channels.
+        C: output projection, shaped as B.
+        D: skip, (D,).
+        z: gate, (B, D, L).
+        delta_bias: added to delta before the softplus, (D,).
+        delta_softplus: whether Δ is the softplus of delta.
+        return_last_state: whether to return the last state too.
+        backend: `auto` (Triton on a GPU, parallel on a CPU), `triton`, `parallel` or `reference`.
+
+    Returns:
+        y (B, D, L) in the dtype of u; with `return_last_state` also h_L (B, D, N) in the dtype of states.
+
+    Raises:
+        TypeError: an input is complex or not floating point.
+        ValueError: shapes do not fit together, or the backend is unknown or cannot run here.
+
+    Example:
+        >>> u, delta = torch.randn(2, 8, 100), torch.rand(2, 8, 100)
+        >>> A, B, C = -torch.rand(8, 4), torch.randn(2, 4, 100), torch.randn(2, 4, 100)
+        >>> selective_scan(u, delta, A, B, C).shape
+        torch.Size([2, 8, 100])
+    """
+    _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    _check_shape("u", u, ("B", "D", "L"), {})
+    batch, channels, length = u.shape
+    known = {"B": batch, "D": channels, "L": length}
+    _check_shape("delta", delta, ("B", "D", "L"), known)
+    _check_shape("A", A, ("D", "N"), known)
+    if B.dim() == 3:
+        B = B.unsqueeze(1)
+    if C.dim() == 3:
+        C = C.unsqueeze(1)
+    known["N"] = A.shape[1]
+    _check_shape("B", B, ("B", "G", "N", "L"), known)
+    known["G"] = B.shape[1]
+    _check_shape("C", C, ("B", "G", "N", "L"), known)
+    for name, t, dims in (("D", D, ("D",)), ("z", z, ("B", "D", "L")), ("delta_bias", delta_bias, ("D",))):
+        if t is not None:
+            _check_shape(name, t, dims, known)
+    if B.shape[1] == 0 or channels % B.shape[1]:
+        raise ValueError(f"B has {B.shape[1]} groups, but u has {channels} channels; expected a divisor of them")
+
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if _check_backend(backend, u) == "reference":
+        y, last = reference.selective_scan(*arguments)
+    else:
+        y, last, _ = _run(_scan_1d, _Parallel1d, parallel.selective_scan, backend, arguments)
+    return (y, last) if return_last_state else y
+
+
+def selective_scan_2d(
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    routes: Sequence[tuple[str, int]],
+    carry_state: bool,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The S6 layer over a map walked on several routes (Eqs. 6-10), from its low-rank projections on.
+
+    For each route with weight set s: Δ = softplus(dt_low · dt_weight[s]ᵀ + dt_bias[s]), A = -exp(A_log[s]), then the
+    recurrence of `selective_scan` over the map's positions in the route's order, plus D_skip[s] ∘ x. States and
+    exponentials are float32 whatever the inputs are (float64 for float64 inputs).
+
+    Args:
+        x: map, channels last, (B, H, W, D).
+        x_dbl: the projections [dt_low, B, C] of x for each of S weight sets, (B, H, W, S, R + 2N).
+        dt_weight: (S, D, R).
+        dt_bias: (S, D).
+        A_log: (S, D, N).
+        D_skip: (S, D).
+        routes: pairs of a route's name (`row`, `col`, `rowR`, `colR`) and its weight set.
+        carry_state: whether neighbouring routes that share a weight set are one sequence, the state carried over the
+            seam, as Eq. 9 concatenates the half-resolution routes; otherwise each route starts from a zero state.
+        backend: `auto` (Triton on a GPU, parallel on a CPU), `triton`, `parallel` or `reference`.
+
+    Returns:
+        (B, K, H, W, D) in the dtype of x: each of the K routes, put back on the map.
+
+    Raises:
+        TypeError: an input is complex or not floating point.
+        ValueError: shapes do not fit together, a route is unknown, or the backend is unknown or cannot run here.
+    """
+    _check_floating(x=x, x_dbl=x_dbl, dt_weight=dt_weight, dt_bias=dt_bias, A_log=A_log, D_skip=D_skip)
+    _check_shape("x", x, ("B", "H", "W", "D"), {})
+    known = dict(zip("BHWD", x.shape, strict=True))
+    _check_shape("dt_weight", dt_weight, ("S", "D", "R"), known)
+    known["S"], known["R"] = dt_weight.shape[0], dt_weight.shape[2]
+    _check_shape("A_log", A_log, ("S", "D", "N"), known)
+    known["R + 2N"] = dt_weight.shape[2] + 2 * A_log.shape[2]
+    _check_shape("x_dbl", x_dbl, ("B", "H", "W", "S", "R + 2N"), known)
+    _check_shape("dt_bias", dt_bias, ("S", "D"), known)
+    _check_shape("D_skip", D_skip, ("S", "D"), known)
+    if not routes:
+        raise ValueError("routes is empty; expected pairs of a route's name and its weight set, e.g. (('row', 0),)")
+    for name, weight_set in routes:
+        if name not in ROUTES:
+            raise ValueError(f"route {name!r} is unknown; expected one of {', '.join(ROUTES)}")
+        if not 0 <= weight_set < dt_weight.shape[0]:
+            raise ValueError(f"route {name!r} names weight set {weight_set}, but there are {dt_weight.shape[0]}")
+
+    weights = (x, x_dbl, dt_weight, dt_bias, A_log, D_skip)
+    if _check_backend(backend, x) == "reference":
+        return reference.selective_scan_2d(*weights, tuple(routes), carry_state)
+    names, sets = [ROUTES.index(name) for name, _ in routes], [weight_set for _, weight_set in routes]
+    return _run(_scan_2d, _Parallel2d, _parallel_2d, backend, (*weights, names, sets, carry_state))[0]
+
+
+# The registered operators: forward, backward, fake, autograd, FLOPs.
+
+
+@torch.library.custom_op("msv::selective_scan", mutates_args=())
+def _scan_1d(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y, the last state and the states saved for the backward."""
+    y, last, saved = parallel.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return y.contiguous(), last.contiguous(), saved
+
+
+@_scan_1d.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    dtype = reference.state_dtype(u, delta, A, B, C)
+    (batch, channels, length), groups, d_state = u.shape, B.shape[1], A.shape[1]
+    saved = parallel.saved_shape((length, batch, groups, channels // groups), d_state)
+    last = u.new_empty(batch, channels, d_state, dtype=dtype)
+    return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
+
+
+@torch.library.custom_op("msv::selective_scan_backward", mutates_args=())
+def _scan_1d_backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    saved: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> list[Tensor]:
+    """Returns the gradients of u, delta, A, B, C, then of those of D, z, delta_bias that are given."""
+    gradients = _parallel_1d_backward(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return [g.contiguous() for g in gradients]
+
+
+@_scan_1d_backward.register_fake
+def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    return [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+
+
+@torch.library.custom_op("msv::selective_scan_2d", mutates_args=())
+def _scan_2d(
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    routes: Sequence[int],
+    sets: Sequence[int],
+    carry_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the routes on the map and the states saved for the backward; routes are numbers into `ROUTES`."""
+    return _parallel_2d(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state)
+
+
+@_scan_2d.register_fake
+def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
+    batch, height, width, channels = x.shape
+    dtype = reference.state_dtype(x, x_dbl, dt_weight, A_log)
+    saved = parallel.saved_numel(x.shape, A_log.shape[2], tuple(sets), carry_state)
+    out = x.new_empty(batch, len(routes), height, width, channels)
+    return out, x.new_empty(saved, dtype=dtype)
+
+
+@torch.library.custom_op("msv::selective_scan_2d_backward", mutates_args=())
+def _scan_2d_backward(
+    dy: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    routes: Sequence[int],
+    sets: Sequence[int],
+    carry_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, x_dbl, dt_weight, dt_bias, A_log and D_skip."""
+    gradients = _parallel_2d_backward(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state)
+    dx, dx_dbl, dweight, dbias, dA_log, dskip = (g.contiguous() for g in gradients)
+    return dx, dx_dbl, dweight, dbias, dA_log, dskip
+
+
+@_scan_2d_backward.register_fake
+def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
+    return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip))
+
+
+def _named(routes: Sequence[int], sets: Sequence[int]) -> list[tuple[str, int]]:
+    return [(ROUTES[route], weight_set) for route, weight_set in zip(routes, sets, strict=True)]
+
+
+def _parallel_1d_backward(*arguments: Any) -> list[Tensor]:
+    return [gradient for gradient in parallel.selective_scan_backward(*arguments) if gradient is not None]
+
+
+def _parallel_2d(*arguments: Any) -> tuple[Tensor, Tensor]:
+    routes, sets, carry_state = arguments[-3:]
+    return parallel.selective_scan_2d(*arguments[:-3], _named(routes, sets), carry_state)
+
+
+def _parallel_2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    routes, sets, carry_state = arguments[-3:]
+    return parallel.selective_scan_2d_backward(*arguments[:-3], _named(routes, sets), carry_state)
+
+
+def _keep_1d(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _keep_2d(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.routes, ctx.sets, ctx.carry_state = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _gradients_1d(scan_backward: Callable, ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple:
+    saved, *tensors = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(tensors[0])
+    given = iter(scan_backward(dy, dlast, saved, *tensors, ctx.delta_softplus))
+    return (*(None if t is None else next(given) for t in tensors), None)
+
+
+def _gradients_2d(scan_backward: Callable, ctx: Any, dy: Tensor) -> tuple:
+    return (*scan_backward(dy, *ctx.saved_tensors, ctx.routes, ctx.sets, ctx.carry_state), None, None, None)
+
+
+def _autograd_1d(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple:
+    return _gradients_1d(_scan_1d_backward, ctx, dy, dlast)
+
+
+def _autograd_2d(ctx: Any, dy: Tensor, _: None) -> tuple:
+    return _gradients_2d(_scan_2d_backward, ctx, dy)
+
+
+_scan_1d.register_autograd(_autograd_1d, setup_context=_keep_1d)
+_scan_2d.register_autograd(_autograd_2d, setup_context=_keep_2d)
+
+
+class _Parallel1d(torch.autograd.Function):
+    """`backend="parallel"` with gradients: the same torch code, unregistered."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return parallel.selective_scan(*arguments)
+
+    setup_context = staticmethod(_keep_1d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple:
+        return _gradients_1d(_parallel_1d_backward, ctx, dy, dlast)
+
+
+class _Parallel2d(torch.autograd.Function):
+    """As `_Parallel1d`, over a map."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _parallel_2d(*arguments)
+
+    setup_context = staticmethod(_keep_2d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple:
+        return _gradients_2d(_parallel_2d_backward, ctx, dy)
+
+
+def flops_1d(batch: int, length: int, channels: int, d_state: int, skip: bool) -> int:
+    """Operations of one scan in the paper's convention: 9·B·L·D·N, and B·L·D for the skip."""
+    return 9 * batch * length * channels * d_state + skip * batch * length * channels
+
+
+def flops_2d(batch: int, length: int, channels: int, d_state: int, rank: int, routes: int) -> int:
+    """Operations of K routes in the paper's convention: `flops_1d` with a skip, and B·L·D·R for delta's projection."""
+    return routes * (flops_1d(batch, length, channels, d_state, True) + batch * length * channels * rank)
+
+
+@register_flop_formula(torch.ops.msv.selective_scan)
+def _(u, delta, A, B, C, D, *args, **kwargs) -> int:
+    return flops_1d(u[0], u[2], u[1], A[1], D is not None)
+
+
+@register_flop_formula(torch.ops.msv.selective_scan_2d)
+def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, *args, **kwargs) -> int:
+    return flops_2d(x[0], x[1] * x[2], x[3], A_log[2], dt_weight[2], len(routes))
+
+
+# Choice of backend, and argument checks.
+
+
+def _check_backend(backend: str, x: Tensor) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
+    if backend == "triton":
+        raise ValueError(
+            "backend 'triton' is not there yet: the GPU kernels are not written; use 'auto' or 'parallel', which run "
+            f"in torch on any device (the input is on {x.device})"
+        )
+    return backend
+
+
+def _run(registered: Callable, function: Any, plain: Callable, backend: str, arguments: tuple) -> tuple:
+    if backend != "parallel":
+        return registered(*arguments)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        return function.apply(*arguments)
+    return plain(*arguments)
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            kind = "real A only: split a complex A into real states" if t.is_complex() else "a floating point dtype"
+            raise TypeError(f"{name} is {t.dtype}; expected {kind}")
+
+
+def _check_shape(name: str, t: Tensor, dims: Sequence[str], known: dict[str, int]) -> None:
+    fits = t.dim() == len(dims) and all(known.get(d, n) == n for d, n in zip(dims, t.shape, strict=True))
+    if not fits:
+        expected = ", ".join(f"{d}={known[d]}" if d in known else d for d in dims)
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; expected ({expected})")

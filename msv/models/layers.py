@@ -1,0 +1,103 @@
+"""Layers that stages and blocks are made of. Maps are channels last, (B, H, W, C), from the stem to the head."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+
+class PointwiseConv(nn.Linear):
+    """A 1×1 convolution of a channels-last map; a Linear that keeps a convolution's initial values."""
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution of a channels-last map, (B, H, W, C) to (B, ceil(H/stride), ceil(W/stride), C)."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Stem(nn.Module):
+    """Conv 4×4, stride 4, and LayerNorm: images (B, C, H, W) to a map (B, H//4, W//4, dim) (Table 7)."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+def pad_to_even(x: Tensor) -> Tensor:
+    """Pads a map with zeros at the bottom and right where a side is odd."""
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    return x
+
+
+class PatchMerging(nn.Module):
+    """(B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C) from the four pixels of each 2×2 patch (published)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_even(x)
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class ConvDownsample(nn.Module):
+    """The same shapes as `PatchMerging` by a 2×2 convolution of stride 2 and LayerNorm: the paper's Table 7."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2)
+        self.norm = nn.LayerNorm(out_dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(pad_to_even(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention without biases (Fig. 5): a gate in (0, 1) for each channel, from the map's mean."""
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        self.reduce = nn.Linear(channels, channels // reduction, bias=False)
+        self.expand = nn.Linear(channels // reduction, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(F.relu(self.reduce(x.mean(dim=(1, 2))))).sigmoid()
+        return x * gate[:, None, None]
+
+
+class ConvFFN(nn.Module):
+    """The channel mixer (Fig. 5): 1×1 convolution to 2·dim, u + DWConv3×3(u), GELU, 1×1 convolution back."""
+
+    def __init__(self, dim: int, expansion: int = 2, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.expand = PointwiseConv(dim, expansion * dim)
+        self.dwconv = DepthwiseConv(expansion * dim, 3)
+        self.reduce = PointwiseConv(expansion * dim, dim)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.expand(x)
+        x = self.drop(F.gelu(x + self.dwconv(x)))
+        return self.drop(self.reduce(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initial values of Linears: normal, sigma 0.02, truncated, biases 0. Convolutions keep PyTorch's."""
+    if isinstance(module, nn.Linear) and not isinstance(module, PointwiseConv):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,166 @@
+"""The token mixers: SS2D of VMamba, and the paper's MS2D. Both turn a map (B, H, W, C) into one of the same shape.
+
+Both project the map to x and a gate z of D = 2·C channels, mix x over positions, and gate and project the result
+back. They differ in the middle: on which maps the routes run, and with how many S6 weight sets.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msv.kernels import ROUTES, Backend, selective_scan_2d
+
+from .layers import DepthwiseConv, SqueezeExcite
+
+
+class S6(nn.Module):
+    """The selective state space over routes of a map (Eqs. 1-4), with one weight set a route or one for all of them.
+
+    Args:
+        channels: D.
+        d_state: N.
+        dt_rank: R, the width from which delta is projected.
+        routes: names of the routes walked, in order.
+        shared: whether all routes share one weight set.
+        carry_state: whether, with a shared set, the state of a route is carried into the next (Eq. 9).
+        backend: of the scan, see `msv.kernels.selective_scan_2d`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        d_state: int,
+        dt_rank: int,
+        routes: tuple[str, ...],
+        shared: bool = False,
+        carry_state: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        sets = 1 if shared else len(routes)
+        self.routes = tuple((route, 0 if shared else number) for number, route in enumerate(routes))
+        self.carry_state, self.backend = carry_state, backend
+        self.x_proj = nn.Parameter(torch.empty(sets, dt_rank + 2 * d_state, channels))
+        self.dt_weight = nn.Parameter(torch.empty(sets, channels, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(sets, channels))
+        self.A_log = nn.Parameter(torch.empty(sets, channels, d_state))
+        self.D_skip = nn.Parameter(torch.empty(sets, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Mamba's initial values: A = -(1..N), delta log-uniform in [1e-3, 1e-1], projections uniform."""
+        nn.init.uniform_(self.x_proj, -(self.x_proj.shape[2] ** -0.5), self.x_proj.shape[2] ** -0.5)
+        nn.init.uniform_(self.dt_weight, -(self.dt_weight.shape[2] ** -0.5), self.dt_weight.shape[2] ** -0.5)
+        with torch.no_grad():
+            log_delta = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1))
+            delta = log_delta.exp().clamp(min=1e-4)
+            self.dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+            self.A_log.copy_(torch.arange(1, self.A_log.shape[2] + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D_skip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) to (B, K, H, W, D), each of K routes put back on the map."""
+        x_dbl = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])
+        weights = (self.dt_weight, self.dt_bias, self.A_log, self.D_skip)
+        return selective_scan_2d(x, x_dbl, *weights, self.routes, self.carry_state, backend=self.backend)
+
+
+class TokenMixer(nn.Module):
+    """What SS2D and MS2D share: projection in, SE, gate and projection out (Fig. 5)."""
+
+    def __init__(self, dim: int, se: bool) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 4 * dim, bias=False)
+        self.se = SqueezeExcite(2 * dim) if se else nn.Identity()
+        self.out_proj = nn.Linear(2 * dim, dim, bias=False)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Mixes x (B, H, W, D) over positions."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(self.se(self.scan(x)) * F.silu(z))
+
+
+class SS2D(TokenMixer):
+    """VMamba's 2-D selective scan (Eqs. 6-7): four routes, each with its own weight set, on one map.
+
+    Args:
+        dim: channels of the map, C.
+        d_state: N.
+        stride: 1, the 4/0 row of Table 5; or 2, its 0/4 row, the map scanned at half resolution and upsampled.
+        se: whether squeeze-excitation follows the scan.
+        backend: of the scan.
+    """
+
+    def __init__(self, dim: int, d_state: int, stride: int = 1, se: bool = False, backend: Backend = "auto") -> None:
+        super().__init__(dim, se)
+        self.dwconv = DepthwiseConv(2 * dim, 3, stride)
+        self.s6 = S6(2 * dim, d_state, dt_rank(dim), ROUTES, backend=backend)
+        self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
+
+    def scan(self, x: Tensor) -> Tensor:
+        y = self.norm(self.s6(F.silu(self.dwconv(x))).sum(dim=1))
+        return y if y.shape == x.shape else upsample(y, x.shape[1:3])
+
+
+class MS2D(TokenMixer):
+    """The paper's multi-scale 2-D scan (Eqs. 8-11): the first routes on the full map, the others on a half map.
+
+    Args:
+        dim: channels of the map, C.
+        d_state: N.
+        full_scans: routes on the full map, 1 to 3, each with its own weight set; the other 4 - n run on the half map.
+        carry_state: whether the state runs on over the seams of the half routes, which the published code joins into
+            one sequence; needs `share_half`.
+        share_half: whether the half routes share one weight set (published), or have one each.
+        separate_norms: whether the half branch has a norm of its own; the published code has one for both.
+        se: whether squeeze-excitation follows the scan.
+        backend: of the scan.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int,
+        full_scans: int = 1,
+        carry_state: bool = True,
+        share_half: bool = True,
+        separate_norms: bool = False,
+        se: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(dim, se)
+        rank = dt_rank(dim)
+        full, half = ROUTES[:full_scans], half_routes(full_scans)
+        self.dwconv_full = DepthwiseConv(2 * dim, 3)
+        self.dwconv_half = DepthwiseConv(2 * dim, 7, stride=2)
+        self.s6_full = S6(2 * dim, d_state, rank, full, backend=backend)
+        self.s6_half = S6(2 * dim, d_state, rank, half, share_half, carry_state and share_half, backend)
+        self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
+        self.norm_half = nn.LayerNorm(2 * dim, eps=1e-5) if separate_norms else None
+
+    def scan(self, x: Tensor) -> Tensor:
+        # The published order: the full routes are normalised after their sum, the half routes before theirs.
+        full = self.norm(self.s6_full(F.silu(self.dwconv_full(x))).sum(dim=1))
+        half = (self.norm_half or self.norm)(self.s6_half(F.silu(self.dwconv_half(x)))).sum(dim=1)
+        return full + upsample(half, x.shape[1:3])
+
+
+def half_routes(full_scans: int) -> tuple[str, ...]:
+    """The routes left to the half map, in the order in which the published code joins them."""
+    return tuple(route for route in ("rowR", "col", "colR") if route not in ROUTES[:full_scans])
+
+
+def dt_rank(dim: int) -> int:
+    """R = ceil(dim / 16)."""
+    return math.ceil(dim / 16)
+
+
+def upsample(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear interpolation of a channels-last map to height and width `size` (Eq. 11)."""
+    x = F.interpolate(x.permute(0, 3, 1, 2), size=tuple(size), mode="bilinear", align_corners=False)
+    return x.permute(0, 2, 3, 1)
