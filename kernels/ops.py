@@ -267,12 +267,12 @@ def _parallel_1d_backward(*arguments: Any) -> list[Tensor]:
 
 def _parallel_2d(*arguments: Any) -> tuple[Tensor, Tensor]:
     routes, sets, carry_state = arguments[-3:]
-    return parallel.selective_scan_2d(*arguments[:-3], _named(routes, sets), carry_state)
+    return parallel.selective_scan_2d(*arguments[:-3], routes=_named(routes, sets), carry_state=carry_state)
 
 
 def _parallel_2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
     routes, sets, carry_state = arguments[-3:]
-    return parallel.selective_scan_2d_backward(*arguments[:-3], _named(routes, sets), carry_state)
+    return parallel.selective_scan_2d_backward(*arguments[:-3], routes=_named(routes, sets), carry_state=carry_state)
 
 
 def _keep_1d(ctx: Any, inputs: tuple, output: tuple) -> None:
