@@ -176,9 +176,8 @@ def _scan_1d(
 @_scan_1d.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     dtype = reference.state_dtype(u, delta, A, B, C)
-    (batch, channels, length), groups, d_state = u.shape, B.shape[1], A.shape[1]
-    saved = parallel.saved_shape((length, batch, groups, channels // groups), d_state)
-    last = u.new_empty(batch, channels, d_state, dtype=dtype)
+    last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
+    saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1])
     return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
 
 
@@ -227,7 +226,7 @@ def _scan_2d(
 def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
     batch, height, width, channels = x.shape
     dtype = reference.state_dtype(x, x_dbl, dt_weight, A_log)
-    saved = parallel.saved_numel(x.shape, A_log.shape[2], tuple(sets), carry_state)
+    saved = parallel.saved_numel_2d(x.shape, A_log.shape[2], [ROUTES[route] for route in routes])
     out = x.new_empty(batch, len(routes), height, width, channels)
     return out, x.new_empty(saved, dtype=dtype)
 
@@ -257,8 +256,11 @@ def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carr
     return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip))
 
 
-def _named(routes: Sequence[int], sets: Sequence[int]) -> list[tuple[str, int]]:
-    return [(ROUTES[route], weight_set) for route, weight_set in zip(routes, sets, strict=True)]
+def _with_names(arguments: tuple) -> tuple:
+    """Turns the registered operators' last arguments (routes, sets, carry_state) back into pairs and carry_state."""
+    routes, sets, carry_state = arguments[-3:]
+    named = [(ROUTES[route], weight_set) for route, weight_set in zip(routes, sets, strict=True)]
+    return (*arguments[:-3], named, carry_state)
 
 
 def _parallel_1d_backward(*arguments: Any) -> list[Tensor]:
@@ -266,13 +268,11 @@ def _parallel_1d_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _parallel_2d(*arguments: Any) -> tuple[Tensor, Tensor]:
-    routes, sets, carry_state = arguments[-3:]
-    return parallel.selective_scan_2d(*arguments[:-3], routes=_named(routes, sets), carry_state=carry_state)
+    return parallel.selective_scan_2d(*_with_names(arguments))
 
 
 def _parallel_2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    routes, sets, carry_state = arguments[-3:]
-    return parallel.selective_scan_2d_backward(*arguments[:-3], routes=_named(routes, sets), carry_state=carry_state)
+    return parallel.selective_scan_2d_backward(*_with_names(arguments))
 
 
 def _keep_1d(ctx: Any, inputs: tuple, output: tuple) -> None:
