@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if options.json:
         size = {"image_size": options.image_size, "in_chans": options.in_chans, "num_classes": options.num_classes}
-        print(json.dumps([{"model": name, **size, **as_json(counts)} for name, counts in found.items()], indent=2))
+        entries = [{"model": name, **size, **as_json(counts)} for name, counts in found.items()]
+        print(json.dumps(entries[0] if len(entries) == 1 else entries, indent=2))
         return 0
     console = Console()
     console.print(_summary(found, options.image_size, options.num_classes))
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_size", type=int, default=224, help="side of the image in pixels (default: 224)")
     parser.add_argument("--in_chans", type=int, default=3, help="channels of the image (default: 3)")
     parser.add_argument("--num_classes", type=int, default=1000, help="classes of the head (default: 1000)")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines: an object, or a list of them")
     return parser
 
 
