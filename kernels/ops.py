@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import parallel, reference
+from .precision import state_dtype
 from .routes import ROUTES
 
 Backend = Literal["auto", "triton", "parallel", "reference"]
@@ -35,7 +36,8 @@ def selective_scan(
     """The selective scan of a sequence (Eqs. 1-4), with the arguments, layout and meaning that Mamba's users know.
 
     h_t = exp(Δ_t A) ∘ h_{t-1} + Δ_t B_t u_t,  y_t = (C_t · h_t + D ∘ u_t) ∘ SiLU(z_t). States and exponentials are
-    float32 whatever the inputs are (float64 for float64 inputs). Batch B, channels D, length L, states N, groups G.
+    float32 whatever the inputs and autocast are (float64 for float64 inputs). Batch B, channels D, length L, states N,
+    groups G.
 
     Args:
         u: input, (B, D, L).
@@ -107,7 +109,7 @@ def selective_scan_2d(
 
     For each route with weight set s: Δ = softplus(dt_low · dt_weight[s]ᵀ + dt_bias[s]), A = -exp(A_log[s]), then the
     recurrence of `selective_scan` over the map's positions in the route's order, plus D_skip[s] ∘ x. States and
-    exponentials are float32 whatever the inputs are (float64 for float64 inputs).
+    exponentials are float32 whatever the inputs and autocast are (float64 for float64 inputs).
 
     Args:
         x: map, channels last, (B, H, W, D).
@@ -175,7 +177,7 @@ def _scan_1d(
 
 @_scan_1d.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    dtype = reference.state_dtype(u, delta, A, B, C)
+    dtype = state_dtype(u, delta, A, B, C)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
     saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1])
     return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
@@ -225,7 +227,7 @@ def _scan_2d(
 @_scan_2d.register_fake
 def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
     batch, height, width, channels = x.shape
-    dtype = reference.state_dtype(x, x_dbl, dt_weight, A_log)
+    dtype = state_dtype(x, x_dbl, dt_weight, A_log)
     saved = parallel.saved_numel_2d(x.shape, A_log.shape[2], [ROUTES[route] for route in routes])
     out = x.new_empty(batch, len(routes), height, width, channels)
     return out, x.new_empty(saved, dtype=dtype)

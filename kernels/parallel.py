@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .lines import Lines, line_counts, saved_shape_of, walk_backward, walk_forward
-from .reference import state_dtype
+from .precision import outside_autocast, state_dtype
 from .routes import sequences
 
 
+@outside_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -52,6 +53,7 @@ def selective_scan(
     return y, last, torch.cat(saved)
 
 
+@outside_autocast
 def selective_scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
@@ -111,6 +113,7 @@ def saved_numel_1d(shape: Sequence[int], groups: int, d_state: int) -> int:
     return groups * math.prod(saved_shape_of(*lines, batch, d_state, channels // groups))
 
 
+@outside_autocast
 def selective_scan_2d(
     x: Tensor,
     x_dbl: Tensor,
@@ -142,6 +145,7 @@ def selective_scan_2d(
     return out, torch.cat(saved)
 
 
+@outside_autocast
 def selective_scan_2d_backward(
     dy: Tensor,
     saved: Tensor,

@@ -18,15 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import outside_autocast, state_dtype
 from .routes import route_order, sequences
 
 
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of states and exponentials: float64 where any input is, float32 otherwise, bf16 and fp16 included."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
-
-
+@outside_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -66,6 +62,7 @@ def selective_scan(
     return y.to(out_dtype), h
 
 
+@outside_autocast
 def selective_scan_2d(
     x: Tensor,
     x_dbl: Tensor,
