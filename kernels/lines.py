@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)  # exp2 is several times faster than exp on a CPU, so A carries this factor
-VISIT = 4  # steps of a visit: a quarter of all states is saved
+VISIT = 4, 16  # least and most steps of a visit: a quarter of all states is saved, or less
 WIDE = 8_192  # states of one step from which on lines are walked one after another
 IN_STEP = 32_768  # states of one step of all lines, where lines are walked in step and their number is free
 CACHED = 98_304  # states of a visit up to which what it touches stays in the cache
@@ -67,30 +67,40 @@ class Lines(NamedTuple):
         """Whether lines are walked in step, or one after another."""
         return _in_step(self.u.shape[0], self.u.shape[2] * self.A.numel())
 
+    @property
+    def visit(self) -> int:
+        """The steps of a visit."""
+        return _visit(self.u.shape[1], math.prod(self.u.shape[2:-1]) * self.A.numel())
+
     def saved_shape(self) -> tuple[int, ...]:
         """The shape of the states saved, one a visit."""
         return saved_shape_of(*self.u.shape[:3], *self.A.shape)
 
-    def visits(self) -> list[tuple[int, slice]]:
-        """The places of visits, in walking order."""
+    def visits(self, steps: int) -> list[tuple[int, slice]]:
+        """The places of visits of so many steps, in walking order."""
         places = [
-            (line, slice(first, min(first + VISIT, self.u.shape[1])))
+            (line, slice(first, min(first + steps, self.u.shape[1])))
             for line in range(self.u.shape[0])
-            for first in range(0, self.u.shape[1], VISIT)
+            for first in range(0, self.u.shape[1], steps)
         ]
         return places[::-1] if self.reverse else places
 
-    def blocks(self) -> Iterator[slice]:
-        """Blocks of rows of the batch small enough for the cache."""
+    def blocks(self, steps: int) -> Iterator[slice]:
+        """Blocks of rows of the batch whose visits of so many steps fit in the cache."""
         batch = self.u.shape[-2]
         beside = math.prod(self.u.shape[2:-2])
-        most = max(1, CACHED // max(1, min(VISIT, self.u.shape[1]) * beside * self.A.numel()))
+        most = max(1, CACHED // max(1, steps * beside * self.A.numel()))
         size = -(-batch // -(-batch // most)) if batch else 1
         return (slice(row, row + size) for row in range(0, batch, size))
 
 
 def _in_step(lines: int, width: int) -> bool:
     return lines > 1 and width < WIDE
+
+
+def _visit(steps: int, width: int) -> int:
+    """The steps of a visit, `width` states a step."""
+    return min(steps, max(VISIT[0], min(VISIT[1], CACHED // max(1, width))))
 
 
 def line_counts(length: int, width: int) -> tuple[int, int]:
@@ -102,10 +112,10 @@ def line_counts(length: int, width: int) -> tuple[int, int]:
 
 def saved_shape_of(lines: int, steps: int, batch: int, d_state: int, channels: int) -> tuple[int, ...]:
     """The shape of the states saved of so many lines of so many steps."""
-    visits = -(-steps // VISIT)
-    if _in_step(lines, batch * d_state * channels):
-        return visits, lines, batch, d_state, channels
-    return lines * visits, batch, d_state, channels
+    width = batch * d_state * channels
+    if _in_step(lines, width):
+        return -(-steps // _visit(steps, lines * width)), lines, batch, d_state, channels
+    return lines * -(-steps // _visit(steps, width)), batch, d_state, channels
 
 
 def walk_forward(lines: Lines, h: Tensor, skip: Tensor | None, y: Tensor, saved: Tensor) -> Tensor:
@@ -114,11 +124,12 @@ def walk_forward(lines: Lines, h: Tensor, skip: Tensor | None, y: Tensor, saved:
     if in_step:
         h, last = _first_states(lines, h)
         lines, y = lines.apply(_stack), _stack(y)
-    for rows in lines.blocks():
+    steps = lines.visit
+    for rows in lines.blocks(steps):
         part, y_part, saved_part = lines.rows(rows), y[..., rows, :], saved[..., rows, :, :]
-        decay, states = _visit_buffers(part, 2)
+        decay, states = _visit_buffers(part, steps, 2)
         saved_part[0] = h[..., rows, :, :]
-        for number, place in enumerate(part.visits()):
+        for number, place in enumerate(part.visits(steps)):
             visit = part.at(place)
             of_visit = states[: visit.u.shape[0]]
             after = _walk(visit, A2, saved_part[number], decay[: visit.u.shape[0]], of_visit)
@@ -144,12 +155,13 @@ def walk_backward(
     if in_step:
         dh, dfirst = _last_adjoints(lines, dy, dh)
         lines, into, dy = lines.apply(_stack), into.apply(_stack), _stack(dy)
-    for rows in lines.blocks():
+    steps = lines.visit
+    for rows in lines.blocks(steps):
         part, into_part, dy_part = lines.rows(rows), into.rows(rows), dy[..., rows, :]
         adjoint = dh[..., rows, :, :]
-        buffers = _visit_buffers(part, 5)
+        buffers = _visit_buffers(part, steps, 5)
         dA = buffers[4].zero_()
-        places = part.visits()
+        places = part.visits(steps)
         for number in reversed(range(len(places))):
             visit, gradient, dy_visit = part.at(places[number]), into_part.at(places[number]), dy_part[places[number]]
             decay, states, dstates, scratch, dA_visit = (t[: visit.u.shape[0]] for t in buffers)
@@ -201,9 +213,9 @@ def _steps(visit: Lines) -> range:
 def _first_states(lines: Lines, h: Tensor) -> tuple[Tensor, Tensor]:
     """The state (O, B, N, D) with which each line begins, and the one after the last line."""
     stacked, A2 = lines.apply(_stack), lines.A * LOG2_E
-    decay, states = _visit_buffers(stacked, 2)
+    decay, states = _visit_buffers(stacked, stacked.visit, 2)
     from_zero = torch.zeros_like(states[0])
-    for place in stacked.visits():
+    for place in stacked.visits(stacked.visit):
         visit = stacked.at(place)
         steps = visit.u.shape[0]
         from_zero = _walk(visit, A2, from_zero, decay[:steps], states[:steps]).clone()
@@ -213,9 +225,9 @@ def _first_states(lines: Lines, h: Tensor) -> tuple[Tensor, Tensor]:
 def _last_adjoints(lines: Lines, dy: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     """The adjoint (O, B, N, D) that flows into the end of each line, and the one out of the first line's beginning."""
     stacked, dy, A2 = lines.apply(_stack), _stack(dy), lines.A * LOG2_E
-    decay, dstates = _visit_buffers(stacked, 2)
+    decay, dstates = _visit_buffers(stacked, stacked.visit, 2)
     from_zero = torch.zeros_like(dstates[0])
-    for place in reversed(stacked.visits()):
+    for place in reversed(stacked.visits(stacked.visit)):
         visit = stacked.at(place)
         torch.mul(visit.delta.unsqueeze(-2), A2, out=decay[: visit.u.shape[0]]).exp2_()
         for i in _steps(visit)[::-1]:
@@ -238,9 +250,9 @@ def _carry(decay: Tensor, from_zero: Tensor, h: Tensor, reverse: bool) -> tuple[
     return begins, h
 
 
-def _visit_buffers(lines: Lines, count: int) -> list[Tensor]:
+def _visit_buffers(lines: Lines, steps: int, count: int) -> list[Tensor]:
     """Buffers for what is N wide in a visit, (steps, *P, N, D)."""
-    shape = (min(VISIT, lines.u.shape[1]), *lines.u.shape[2:-1], *lines.A.shape)
+    shape = (steps, *lines.u.shape[2:-1], *lines.A.shape)
     return [lines.u.new_empty(shape) for _ in range(count)]
 
 

@@ -398,3 +398,5 @@ def _check_shape(name: str, t: Tensor, dims: Sequence[str], known: dict[str, int
     if not fits:
         expected = ", ".join(f"{d}={known[d]}" if d in known else d for d in dims)
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected ({expected})")
+    if not known and t.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(t.shape)} and so no elements; expected one or more")

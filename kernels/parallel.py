@@ -47,7 +47,7 @@ def selective_scan(
             y_part = y_part + D[part.channels, None].to(dtype) * u[:, part.channels]
         if z is not None:
             y_part = y_part * F.silu(z[:, part.channels].to(dtype))
-        y[:, part.channels] = y_part.to(u.dtype)
+        _put(y[:, part.channels], y_part)
         last[:, part.channels] = h.mT
         saved.append(states.flatten())
     return y, last, torch.cat(saved)
@@ -100,7 +100,8 @@ def selective_scan_backward(
             ddelta_part = ddelta_part * -torch.expm1(-step)  # softplus' = sigmoid = 1 - exp(-softplus)
         if delta_bias is not None and dbias is not None:
             dbias[own] = ddelta_part.sum(dim=(0, 2)).to(delta_bias.dtype)
-        du[:, own], ddelta[:, own] = du_part.to(u.dtype), ddelta_part.to(delta.dtype)
+        _put(du[:, own], du_part)
+        _put(ddelta[:, own], ddelta_part)
         dA[own] = into.A.mT.to(A.dtype)
         dB[:, part.number], dC[:, part.number] = _uncut(into.B, length).to(B.dtype), _uncut(into.C, length).to(C.dtype)
     return du, ddelta, dA, dB, dC, dD, dz, dbias
@@ -264,12 +265,21 @@ def _cut(
 
 def _to_lines(t: Tensor, size: Sequence[int]) -> Tensor:
     """(B, D, L) to contiguous (O, I, B, D)."""
-    lines, steps = size
-    cut = t.new_zeros(lines * steps, t.shape[0], t.shape[1])
-    cut[: t.shape[2]] = t.permute(2, 0, 1)
+    (lines, steps), (batch, channels, length) = size, t.shape
+    cut = t.new_empty(lines * steps, batch, channels)
+    cut[length:] = 0
+    _put(cut[:length].permute(1, 2, 0), t)
     return cut.unflatten(0, (lines, steps))
 
 
 def _uncut(t: Tensor, length: int) -> Tensor:
     """The inverse of `_to_lines`."""
     return t.flatten(0, 1)[:length].permute(1, 2, 0)
+
+
+def _put(into: Tensor, value: Tensor) -> None:
+    """Copies (B, D, L) into a tensor of that shape."""
+    if len(value) == 1:
+        into[0].copy_(value[0])  # torch transposes plain matrices several times faster
+    else:
+        into.copy_(value)

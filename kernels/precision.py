@@ -23,7 +23,9 @@ def outside_autocast(scan: Callable[P, R]) -> Callable[P, R]:
     @wraps(scan)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(t.device.type for t in args if isinstance(t, Tensor))
-        with torch.autocast(device if device != "meta" else "cpu", enabled=False):
+        if device == "meta" or not torch.is_autocast_enabled(device):  # an exported graph need not know of autocast
+            return scan(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return scan(*args, **kwargs)
 
     return run

@@ -6,6 +6,7 @@ and Ds) belongs to the half branch, 1.. to the full routes in order; in SS2D all
 
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,13 +161,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file")
     try:
-        with torch.serialization.safe_globals([(_Node, "yacs.config.CfgNode")]):
+        # A published file holds a node of yacs, which may not be installed: it is read as a dict, its code not run.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds, none of which says what to do
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}); it may be truncated: get it again"
-        ) from error
+        foreign = re.search(r"Unsupported (?:global|class)[^.\n]*", str(error))
+        reason = foreign[0] if foreign else "it may be truncated: get it again"
+        raise ValueError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict of weights")
     return dict(content)
@@ -208,7 +209,3 @@ def _choose(content: Mapping[str, Any], weights: str, source: str) -> tuple[str,
     if not tensors:
         raise ValueError(f"{source} holds no weights; expected a published checkpoint or a state dict")
     return which, tensors
-
-
-class _Node(dict):
-    """What yacs' CfgNode, which may not be installed, is read as: a plain dict; no code of the file runs."""

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from msv.kernels import flops_1d, flops_2d
+from msv.models import S6
 
 PARTS = ("stem", "scans", "convolutions", "projections", "norms", "downsampling", "head", "other")
 """Where a network's costs are booked: stem, downsampling and head whole, the rest by kind (S6 weights are scans')."""
@@ -69,6 +70,9 @@ def count(network: nn.Module, in_chans: int = 3, image_size: int | tuple[int, in
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     shadow = copy.deepcopy(network).to("meta").eval()
+    for module in shadow.modules():
+        if isinstance(module, S6):
+            module.backend = "auto"  # the registered operator is the one that is seen, whatever computes it
     with torch.no_grad(), _FlopCounter() as counter:
         shadow(torch.empty(1, in_chans, height, width, device="meta"))
     params: Counter[str] = Counter()
@@ -147,11 +151,10 @@ def _place(module: str) -> str | None:
 
 
 def _kind(module: nn.Module) -> str:
-    name = type(module).__name__
-    if name == "S6":
+    if isinstance(module, S6):
         return "scans"
     if isinstance(module, nn.Conv2d):
         return "convolutions"
     if isinstance(module, nn.Linear):
         return "projections"
-    return "norms" if "Norm" in name else "other"
+    return "norms" if "Norm" in type(module).__name__ else "other"

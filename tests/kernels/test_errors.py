@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from msv.kernels import selective_scan, selective_scan_2d
 
 ONE_ROUTE = (("row", 0),)

@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from msv.kernels import ROUTES, flops_1d, flops_2d, selective_scan, selective_scan_2d
 from torch.utils.flop_counter import FlopCounterMode
+
+from msv.kernels import ROUTES, flops_1d, flops_2d, selective_scan, selective_scan_2d
 
 BACKENDS = ("reference", "parallel", "auto")
 SPLITS = {

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from msv.kernels import selective_scan, selective_scan_2d
 
 BACKENDS = ("reference", "parallel", "auto")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from msv.kernels import selective_scan, selective_scan_2d
 
 
