@@ -1,0 +1,124 @@
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from msv.models import MSVMamba, mixers
+from msv.profiling import benchmark
+from msv.profiling.scan_cases import MAPS, SEQUENCES, Call, record_scans
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmarks")
+    threads = torch.get_num_threads()
+    assert benchmark.main(["scan", "--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
+    assert torch.get_num_threads() == threads
+    (path,) = out.iterdir()
+    with path.open(newline="") as file:
+        return path.name, list(csv.DictReader(file))
+
+
+def test_the_csv(quick):
+    name, rows = quick
+    assert name == "scan_cpu_quick.csv"
+    assert all(tuple(row) == benchmark.COLUMNS for row in rows)
+    assert [(row["operator"], row["N"], row["calls"]) for row in rows] == [
+        *[("1d", "1", "1"), ("1d", "8", "1")],
+        *[("2d", "8", "1"), ("2d", "8", "4"), ("2d", "1", "1"), ("2d", "1", "4")],
+    ]
+    for row in rows:
+        assert float(row["ratio"]) == pytest.approx(
+            float(row["forward_backward_ms"]) / float(row["yardstick_ms"]), rel=1e-3
+        )
+        assert row["threads"] == "1"
+        assert row["torch"] and row["device"] and row["commit"]
+        assert (row["max_ratio"], row["max_memory_ratio"]) == ("", "")  # a bar is for the real sizes
+
+
+def test_shapes_and_bytes(quick):
+    _, rows = quick
+    sizes = ("B", "K", "D", "L", "N", "R", "map")
+    assert [tuple(row[size] for size in sizes) for row in rows[1:4]] == [
+        ("1", "1", "4", "50", "8", "", ""),
+        ("2", "4", "16", "64", "8", "1", "8x8"),
+        ("2", "4", "16/32/64/128", "64/16/4/1", "8", "1/2/4", "8x8/4x4/2x2/1x1"),
+    ]
+    # u, delta, y; A; B and C
+    assert int(rows[1]["io_bytes"]) == 4 * (3 * 4 * 50 + 4 * 8 + 2 * 8 * 50)
+    # x, x_dbl, the weights, the output
+    weights = 4 * 16 * (1 + 1 + 8 + 1)
+    assert int(rows[2]["io_bytes"]) == 4 * (2 * 64 * 16 + 2 * 64 * 4 * 17 + weights + 2 * 4 * 64 * 16)
+    for row in rows:
+        if row["calls"] == "1":
+            assert int(row["peak_bytes"]) > int(row["io_bytes"])
+        else:
+            assert row["peak_bytes"] == row["memory_ratio"] == ""
+
+
+def test_the_shipped_shapes_are_those_of_the_main_job():
+    assert [(entry.channels, entry.length, entry.d_states) for entry in SEQUENCES] == [(192, 3136, {1: 10.0, 8: None})]
+    first = MAPS[0]
+    network = MSVMamba(3, 10, **first.network)
+    images = torch.zeros(1, 3, first.image_size, first.image_size)
+    calls = record_scans(network, images, torch.zeros(1, dtype=torch.long))
+    assert len(calls) == sum(first.network["depths"])
+    assert calls[0].tensors[0].shape == (1, 8, 8, 96)
+    assert calls[0].tensors[1].shape == (1, 8, 8, 4, 3 + 2 * 8)
+    assert (first.batch, first.max_ratio) == (64, 0.5)
+
+
+def test_recorded_scans_give_the_gradients_of_the_step():
+    torch.manual_seed(0)
+    network = MSVMamba(3, 5, (8, 16, 32, 64), (1, 1, 1, 1), d_state=2, full_scans=4, se=False, conv_ffn=False)
+    images, labels = torch.randn(2, 3, 40, 33), torch.tensor([0, 1])
+    original = mixers.selective_scan_2d
+    calls = record_scans(network, images, labels)
+    assert mixers.selective_scan_2d is original
+    network.zero_grad()
+    F.cross_entropy(network(images), labels).backward()
+    scans = [module for module in network.modules() if isinstance(module, mixers.S6)]
+    assert len(scans) == len(calls) == 4
+    for scan, call in zip(scans, calls, strict=True):
+        y, _, _, *gradients = call.forward_backward()
+        assert torch.equal(y, call.forward())
+        for parameter, gradient in zip((scan.dt_weight, scan.dt_bias, scan.A_log, scan.D_skip), gradients, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_recording_ends_with_a_failing_step():
+    original = mixers.selective_scan_2d
+    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\)"):
+        record_scans(MSVMamba(3, 5, (8, 16, 32, 64), (1, 1, 1, 1)), torch.zeros(1, 4, 32, 32), torch.zeros(1).long())
+    assert mixers.selective_scan_2d is original
+
+
+def test_a_call_s_forward_keeps_no_graph():
+    x = torch.ones(3, requires_grad=True)
+    call = Call(torch.exp, (x,), torch.ones(3))
+    assert not call.forward().requires_grad
+    y, gradient = call.forward_backward()
+    assert torch.equal(gradient, y)
+
+
+def test_verdicts():
+    row = {"what": "1-D scan", "N": 1, "yardstick": "torch.cumsum", "ratio": 10.0, "max_ratio": 10.0}
+    memory = {"memory_ratio": 6.0, "max_memory_ratio": 6.0}
+    assert benchmark.verdicts([{**row, **memory}]) == [
+        "met: 1-D scan, N=1: 10.00 times torch.cumsum (at most 10)",
+        "MISSED: 1-D scan, N=1: peak memory 6.00 times inputs plus output (under 6)",
+    ]
+    assert benchmark.verdicts([{**row, "max_ratio": None, "max_memory_ratio": None}]) == []
+
+
+@pytest.mark.parametrize("threads", ["0", "-2"])
+def test_no_threads(tmp_path, threads):
+    with pytest.raises(ValueError, match=f"--threads is {threads}; expected 1 or more"):
+        benchmark.main(["scan", "--threads", threads, "--out", str(tmp_path)])
+
+
+def test_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds no GPU"):
+        benchmark.main(["scan", "--device", "cuda", "--out", str(tmp_path)])
