@@ -1,0 +1,219 @@
+"""A table as Markdown: a head that says what the numbers are, the table, what failed, how to make it again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from msv.ablation.names import format_value
+from msv.ablation.rows import Row, Table
+from msv.ablation.statistics import CONFIDENCE
+
+Record = Mapping[str, Any]
+_NONE = "–"
+_SPOKEN_FOR = {"name", "train_images", "val_images", "test_images", "image_size", "num_classes", "in_chans", "note"}
+
+
+def render_markdown(table: Table) -> str:
+    """The whole page. The paper's numbers have columns of their own, in italics, and never a place in a mean."""
+    parts = [
+        f"# {table.name} · {table.recipe}",
+        "\n".join(f"- **{label}**: {text}" for label, text in _head(table)),
+        _body(table),
+        _errors(table),
+        "Trained, and made again with the records of finished runs, by\n\n"
+        f"```\n{table.command}\n```\n\n"
+        f"and from the records alone by `python cli.py tables --grid {table.name}/{table.recipe}`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(table: Table) -> list[tuple[str, str]]:
+    every = [(cell, record) for cell, runs in table.records.items() for record in runs.values() if record is not None]
+    # What the numbers stand on are the finished runs; before there is one, the others say what is under way.
+    used = [(cell, record) for cell, record in every if record["status"] == "done"] or every
+    head = [
+        ("Data", _agreed(used, _data)),
+        ("Augmentation", _agreed(used, _augmentation)),
+        ("Schedule", _agreed(used, _schedule)),
+        ("Seeds", _seeds(table)),
+        ("Commit", _agreed(used, lambda record: str(_section(record, "env").get("commit") or "unknown"))),
+        ("Machine", _agreed(used, _machine)),
+    ]
+    notes = list(dict.fromkeys(note for _, record in used if (note := _section(record, "data").get("note"))))
+    head += [("Note", str(note)) for note in notes]
+    recounted = [cell for cell in table.records if _disagree(used, cell)]
+    if recounted:
+        head.append(("Counts", f"the seeds of {', '.join(recounted)} disagree; those of the first finished seed stand"))
+    head += [
+        (
+            "top-1, %",
+            "of the test split (val for the ImageNet layout), last epoch, EMA weights, never the best over epochs; "
+            "mean ± sample standard deviation over the n finished seeds",
+        ),
+        (
+            "params, GFLOPs",
+            "counted at 1×3×224×224 with 1000 classes; *as trained*: at the data's own image size, channels and "
+            "classes. FLOPs in the paper's convention: a multiply-accumulate counts once",
+        ),
+    ]
+    if table.baseline is not None:
+        level = f"{CONFIDENCE:.0%}"
+        head += [
+            (
+                f"Δ to `{table.baseline}`",
+                f"difference in points, paired by seed, with Student's {level} interval (none of a single seed, or "
+                "where all seeds differ by the same)",
+            ),
+            (
+                "differs",
+                f"“yes” only where p < {1 - CONFIDENCE:.2g} after Holm's correction over this table's rows; “no” "
+                f"means not shown, not equal; {_NONE} means that nothing can be tested",
+            ),
+        ]
+    if any(row.paper for row in table.rows):
+        sources = sorted({name for row in table.rows if row.paper for name in row.paper.tables})
+        head.append(
+            (
+                "paper",
+                f"printed in {' and '.join(sources)} of arXiv 2405.14174: ImageNet-1K, 100 epochs; "
+                "other data and schedule than this table's unless its head says the same",
+            )
+        )
+    return [(label, text) for label, text in head if text]
+
+
+def _body(table: Table) -> str:
+    delta, paper = table.baseline is not None, any(row.paper for row in table.rows)
+    titles = ["cell", *table.toggles, "status", "params, M", "GFLOPs", "params as trained, M", "GFLOPs as trained"]
+    titles += ["top-1, %", "n"]
+    titles += ["Δ, points", "differs"] if delta else []
+    titles += ["*paper: params, M*", "*paper: GFLOPs*", "*paper: top-1, % (ImageNet, 100 epochs)*"] if paper else []
+    lines = []
+    for row in table.rows:
+        values = [f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell]
+        values += [format_value(row.toggles[name]) if name in row.toggles else _NONE for name in table.toggles]
+        values += [row.status, _number(row.params_m, 3), _number(row.gflops_fvcore, 3)]
+        values += [_number(row.params_trained_m, 3), _number(row.gflops_trained, 4), _top1(row), str(row.n)]
+        if delta:
+            values += [_delta(row), _NONE if row.differs is None else "yes" if row.differs else "no"]
+        if paper:
+            printed = row.paper
+            numbers = [(printed.params_m, 1), (printed.gflops, 2), (printed.top1, 1)] if printed else []
+            values += [f"*{_number(value, digits)}*" for value, digits in numbers] or [_NONE] * 3
+        lines.append(values)
+    words = 2 + len(table.toggles)  # left-aligned: names and states; the rest are numbers
+    return _aligned(titles, lines, words)
+
+
+def _aligned(titles: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
+    """A pipe table that reads as well unrendered."""
+    cells = [[value.replace("|", "\\|").replace("\n", " ") for value in line] for line in (titles, *lines)]
+    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(titles))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (v.ljust(w) if i < words else v.rjust(w) for i, (v, w) in enumerate(zip(values, widths, strict=True)))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * width if i < words else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *(line(values) for values in cells[1:])])
+
+
+def _errors(table: Table) -> str:
+    lines = [
+        f"- `{cell}`, seed {seed}: {' '.join(str(record.get('error') or 'no error was recorded').split())} "
+        f"(`{cell}/seed{seed}-{record['config_hash']}`)"
+        for cell, runs in table.records.items()
+        for seed, record in runs.items()
+        if record is not None and record["status"] == "failed"
+    ]
+    return "\n".join(["Failed runs:", "", *lines]) if lines else ""
+
+
+def _agreed(used: Sequence[tuple[str, Record]], describe: Callable[[Record], str]) -> str:
+    """What the records say of one thing; each version with its cells where they do not agree."""
+    if not used:
+        return "no run has left a record yet"
+    versions: dict[str, list[str]] = {}
+    for cell, record in used:
+        cells = versions.setdefault(describe(record), [])
+        if cell not in cells:
+            cells.append(cell)
+    if len(versions) == 1:
+        return next(iter(versions))
+    told = (f"{text or _NONE} ({', '.join(f'`{cell}`' for cell in cells)})" for text, cells in versions.items())
+    return "**the records disagree**: " + "; ".join(told)
+
+
+def _section(record: Record, name: str) -> Mapping[str, Any]:
+    return record.get(name) or {}
+
+
+def _data(record: Record) -> str:
+    data = _section(record, "data")
+    splits = [f"{data[f'{split}_images']:,} {split}" for split in ("train", "val", "test") if f"{split}_images" in data]
+    size = f"{data.get('in_chans', '?')}×{data.get('image_size', '?')}×{data.get('image_size', '?')}"
+    return f"{data.get('name', '?')}; {', '.join(splits)} images of {size}; {data.get('num_classes', '?')} classes"
+
+
+def _augmentation(record: Record) -> str:
+    settings = {key: value for key, value in _section(record, "data").items() if key not in _SPOKEN_FOR}
+    nested = settings.pop("augmentation", None)
+    settings |= nested if isinstance(nested, Mapping) else {}
+    return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items())
+
+
+def _schedule(record: Record) -> str:
+    schedule = dict(_section(record, "schedule"))
+    epochs, batch = schedule.pop("epochs", "?"), schedule.pop("global_batch_size", "?")
+    lr, precision = schedule.pop("lr", "?"), schedule.pop("precision", "?")
+    rest = "".join(f", {key} {format_value(value)}" for key, value in schedule.items())
+    return f"{epochs} epochs, batch {batch}, lr {lr}, precision {precision}{rest}"
+
+
+def _machine(record: Record) -> str:
+    env = dict(_section(record, "env"))
+    env.pop("commit", None)
+    device, cpu, threads = env.pop("device", None) or "unknown device", env.pop("cpu", None), env.pop("threads", None)
+    device += f" on {cpu}" if cpu and cpu != device else ""
+    device += f", {threads} thread{'s'[: threads != 1]}" if threads else ""
+    versions = ", ".join(f"{name} {version}" for name, version in env.items() if version)
+    return f"{device}; {versions}" if versions else str(device)
+
+
+def _seeds(table: Table) -> str:
+    versions: dict[str, list[str]] = {}
+    for cell, runs in table.records.items():
+        versions.setdefault(", ".join(map(str, runs)), []).append(cell)
+    if len(versions) == 1:
+        return next(iter(versions))
+    return "; ".join(f"{seeds} ({', '.join(f'`{cell}`' for cell in cells)})" for seeds, cells in versions.items())
+
+
+def _disagree(used: Sequence[tuple[str, Record]], cell: str) -> bool:
+    counts = [record["counts"] for name, record in used if name == cell and record.get("counts")]
+    return any(other != counts[0] for other in counts)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def _top1(row: Row) -> str:
+    if row.top1_mean is None:
+        return _NONE
+    spread = "" if row.top1_std is None else f" ± {row.top1_std:.2f}"
+    return f"{row.top1_mean:.2f}{spread}"
+
+
+def _delta(row: Row) -> str:
+    difference = row.difference
+    if difference is None:
+        return _NONE
+    text = _signed(difference.mean)
+    if difference.low is None or difference.high is None:
+        return text
+    return f"{text} [{_signed(difference.low)}, {_signed(difference.high)}]"
+
+
+def _signed(value: float) -> str:
+    rounded = round(value, 2) + 0.0
+    return f"{rounded:+.2f}" if rounded else "0.00"

@@ -1,0 +1,152 @@
+"""Accuracy against FLOPs, one point a cell."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msv.ablation.rows import Row, Table
+
+# Where a label may stand beside its point, in points of the page: (x, y, horizontal, vertical alignment).
+_PLACES = [
+    (distance * x, distance * y, horizontal, vertical)
+    for distance in (8, 16, 26, 38)
+    for x, y, horizontal, vertical in (
+        (0, 1, "center", "bottom"),
+        (1, 0, "left", "center"),
+        (0, -1, "center", "top"),
+        (-1, 0, "right", "center"),
+        (0.7, 0.7, "left", "bottom"),
+        (0.7, -0.7, "left", "top"),
+        (-0.7, 0.7, "right", "bottom"),
+        (-0.7, -0.7, "right", "top"),
+    )
+]
+# A label that lies nearer to another point is as bad as one that covers this many pixels.
+_MISLEADING = 200.0
+
+
+def plot_accuracy(table: Table) -> bytes | None:
+    """Plot the measured top-1 of each cell against its FLOPs as trained.
+
+    The paper's numbers are not in it: they are of other data or another schedule.
+
+    Returns:
+        A PNG without a date, so that the same table gives the same bytes; None where no cell is finished.
+    """
+    rows = [row for row in table.rows if row.top1_mean is not None and row.gflops_trained is not None]
+    if not rows:
+        return None
+    from matplotlib import style  # heavy, and a table without a finished run needs none of it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A user's matplotlibrc would change the bytes.
+    with style.context("default"):
+        figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for row in rows:
+            _draw(axes, row, baseline=row.cell == table.baseline)
+        axes.margins(x=0.14, y=0.18)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("GFLOPs as trained (a multiply-accumulate counts once)")
+        axes.set_ylabel("test top-1, % (last epoch, EMA)")
+        axes.set_title(f"{table.name} · {table.recipe} · {_seeds(rows)}", fontsize=11, loc="left")
+        axes.ticklabel_format(useOffset=False)
+        _label(
+            figure, axes, {f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell: row for row in rows}
+        )
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _draw(axes: Any, row: Row, *, baseline: bool) -> None:
+    axes.errorbar(
+        row.gflops_trained,
+        row.top1_mean,
+        yerr=row.top1_std,
+        fmt="D" if baseline else "o",
+        color="tab:red" if baseline else "tab:blue",
+        ecolor="0.6",
+        markersize=6,
+        capsize=3,
+        elinewidth=1,
+    )
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    numbers = sorted({row.n for row in rows})
+    if numbers == [1]:
+        return "1 seed"
+    span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return f"{span} seeds, bars: standard deviation"
+
+
+def _label(figure: Any, axes: Any, rows: Mapping[str, Row]) -> None:
+    """Name the points, each label where it covers the least of what is drawn and lies nearest to its own point."""
+    from matplotlib.text import Text
+
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer).extents
+    taken: list[Sequence[float]] = []
+    points: list[tuple[float, float]] = []
+    for row in rows.values():
+        mean, spread = row.top1_mean or 0.0, row.top1_std or 0.0
+        ends = [(row.gflops_trained, value) for value in (mean - spread, mean, mean + spread)]
+        (x, low), (_, middle), (_, high) = axes.transData.transform(ends)
+        taken.append((x - 9, low - 9, x + 9, high + 9))
+        points.append((x, middle))
+    for (text, row), point in zip(rows.items(), points, strict=True):
+        tried: list[tuple[float, int, tuple[float, float, str, str], Sequence[float]]] = []
+        for place in _PLACES:
+            label = _annotate(axes, text, row, *place)
+            label.update_positions(renderer)
+            # Text's own extent: that of an annotation takes in the line to its point, too.
+            box = Text.get_window_extent(label, renderer).extents
+            label.remove()
+            cost = sum(_overlap(box, other) for other in taken) + _outside(box, frame)
+            cost += _MISLEADING * sum(_gap(box, other) < _gap(box, point) for other in points)
+            tried.append((cost, len(tried), place, box))
+        _, _, place, best = min(tried, key=lambda entry: entry[:2])
+        _annotate(axes, text, row, *place)
+        taken.append(best)
+
+
+def _annotate(axes: Any, text: str, row: Row, x: float, y: float, horizontal: str, vertical: str) -> Any:
+    far = x * x + y * y > 10**2
+    label = axes.annotate(
+        text,
+        (row.gflops_trained, row.top1_mean),
+        xytext=(x, y),
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=8,
+        arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 4} if far else None,
+    )
+    label.set_in_layout(False)
+    return label
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Area that two boxes (left, bottom, right, top) share, in pixels."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def _outside(box: Sequence[float], frame: Sequence[float]) -> float:
+    """Area of a box beyond a frame, in pixels."""
+    return (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, frame)
+
+
+def _gap(box: Sequence[float], point: tuple[float, float]) -> float:
+    """Distance from a point to a box, in pixels."""
+    return math.hypot(
+        max(box[0] - point[0], 0.0, point[0] - box[2]),
+        max(box[1] - point[1], 0.0, point[1] - box[3]),
+    )

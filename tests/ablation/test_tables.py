@@ -1,0 +1,344 @@
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+
+from msv.ablation.grid import Grid, resolve_runs, write_grid_file
+from msv.ablation.records import write_record
+from msv.ablation.tables import load_table, main, make_table
+
+SCANS = "model.init_args.network.init_args.full_scans"
+NETWORK = {"dims": [48, 96, 192, 384], "depths": [2, 2, 6, 2], "d_state": 8, "se": False, "conv_ffn": False}
+DATA = {
+    "name": "digits",
+    "train_images": 1077,
+    "val_images": 360,
+    "test_images": 360,
+    "image_size": 32,
+    "num_classes": 10,
+    "in_chans": 1,
+    "augmentation": {"max_shift": 2, "hflip": False},
+    "note": "360 test images, one image is 0.28 points",
+}
+ENV = {"device": "A CPU", "torch": "2.15.0", "triton": None, "python": "3.11.2", "commit": "0123456789ab"}
+
+
+def base():
+    network = {"class_path": "msv.models.MSVMamba", "init_args": {**NETWORK, "full_scans": 1}}
+    return {
+        "seed_everything": 0,
+        "model": {"class_path": "msv.tasks.Classification", "init_args": {"network": network}},
+        "data": {"class_path": "msv.data.Digits", "init_args": {}},
+    }
+
+
+def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", **changes):
+    """Write a grid and records as if trained: full_scans -> top-1 by seed (None: a missing run, str: a status)."""
+    seeds = list(range(max(len(values) for values in accuracies.values())))
+    grid = Grid(name, axes={SCANS: list(accuracies)}, seeds=seeds, baseline=baseline, results=str(root))
+    runs = resolve_runs(grid, base())
+    write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
+    for run in runs:
+        full_scans = run.cell.overrides[SCANS]
+        outcome = accuracies[full_scans][run.seed]
+        if outcome is None:
+            continue
+        status = outcome if isinstance(outcome, str) else "done"
+        record = {
+            "grid": run.grid,
+            "recipe": run.recipe,
+            "cell": run.cell.name,
+            "seed": run.seed,
+            "config_hash": run.config_hash,
+            "status": status,
+            "network": run.config["model"]["init_args"]["network"],
+            "metrics": {"test_top1": outcome, "test_top1_raw": outcome - 0.01} if status == "done" else {},
+            "counts": {
+                "params": 5_000_400 + full_scans,
+                "gflops_fvcore": 0.7 + 0.1 * full_scans,
+                "params_trained": 4_500_000,
+                "gflops_fvcore_trained": 0.0151 + 0.002 * full_scans,
+            },
+            "data": DATA,
+            "schedule": {"epochs": 30, "global_batch_size": 64, "lr": 0.001, "precision": "32-true"},
+            "env": ENV,
+            "error": "ValueError: the loss is nan\nat step 7 | batch" if status == "failed" else None,
+            **changes.get(f"{full_scans}-{run.seed}", {}),
+        }
+        write_record(run.folder / "record.json", record)
+    return root / name / "digits"
+
+
+def read_csv(folder):
+    return list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
+
+
+def markdown_rows(folder):
+    lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")]
+    rows = [[value.strip() for value in line.strip("|").split(" | ")] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_columns_and_numbers_of_the_csv(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.70, 0.71, 0.67], 4: [0.71, 0.73, 0.70]})
+    paths = make_table(folder)
+    assert (paths.csv, paths.markdown) == (folder / "table.csv", folder / "table.md")
+    header = paths.csv.read_text().splitlines()[0]
+    assert header.startswith(
+        "cell,full_scans,status,params_m,gflops_fvcore,params_trained_m,gflops_trained,top1_mean,top1_std,n,"
+        "delta_mean,delta_low,delta_high,paper_params_m,paper_gflops,paper_top1"
+    )
+    one, four = read_csv(folder)
+    # Differences 1, 2, 3 points: 2 ± 4.3027 / sqrt(3), p = 1 - sqrt(12/14) = 0.0742 (the only test).
+    expected = {
+        "cell": "full_scans=4",
+        "full_scans": "4",
+        "status": "done",
+        "params_m": "5.000",
+        "gflops_fvcore": "1.100",
+        "params_trained_m": "4.500",
+        "gflops_trained": "0.0231",
+        "top1_mean": "71.33",
+        "top1_std": "1.53",
+        "n": "3",
+        "delta_mean": "2.00",
+        "delta_low": "-0.48",
+        "delta_high": "4.48",
+        "paper_params_m": "5.1",
+        "paper_gflops": "1.19",
+        "paper_top1": "72.3",
+        "delta_n": "3",
+        "p_holm": "0.0742",
+        "differs": "false",
+        "top1_raw_mean": "70.33",
+        "paper_tables": "Table 5",
+    }
+    assert four == expected
+    assert (one["delta_mean"], one["delta_n"], one["p_holm"], one["differs"]) == ("", "", "", "")
+    assert one["paper_tables"] == "Table 4; Table 5"
+
+
+def test_differs_only_after_holm(tmp_path):
+    # Alone both rows have p < 0.05 (t = 5.05 and 4.67, 2 degrees of freedom); of two tests the smaller p is doubled.
+    table = load_table(fabricate(tmp_path, {1: [0.5, 0.5, 0.5], 0: [0.51, 0.514, 0.52], 4: [0.51, 0.514, 0.521]}))
+    _, zero, four = table.rows
+    assert zero.difference.p < four.difference.p < 0.05
+    assert zero.p_holm == four.p_holm == pytest.approx(2 * zero.difference.p)
+    assert [row.differs for row in table.rows] == [None, False, False]
+
+    clear = load_table(
+        fabricate(tmp_path / "clear", {1: [0.5, 0.5, 0.5], 0: [0.6, 0.601, 0.602], 4: [0.5, 0.501, 0.499]})
+    )
+    assert {row.cell: row.differs for row in clear.rows} == {
+        "full_scans=1": None,
+        "full_scans=0": True,
+        "full_scans=4": False,
+    }
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.70], 4: [0.7]})
+    make_table(folder)
+    _, four = read_csv(folder)
+    assert (four["delta_mean"], four["top1_std"], four["delta_low"], four["delta_high"]) == ("0.00", "", "", "")
+    assert (four["n"], four["p_holm"], four["differs"]) == ("1", "", "")
+    assert markdown_rows(folder)[1]["Δ, points"] == "0.00"
+    assert markdown_rows(folder)[1]["differs"] == "–"
+
+
+def test_failed_missing_and_mixed_cells(tmp_path):
+    rows = {
+        0: ["failed", "failed"],
+        1: [0.7, 0.71],
+        2: [None, None],
+        3: [0.72, "failed"],
+        4: ["running", "unfinished"],
+    }
+    folder = fabricate(tmp_path, rows)
+    make_table(folder)
+    table = {row["full_scans"]: row for row in read_csv(folder)}
+    assert {key: row["status"] for key, row in table.items()} == {
+        "0": "failed",
+        "1": "done",
+        "2": "missing",
+        "3": "1 done, 1 failed",
+        "4": "1 running, 1 unfinished",
+    }
+    assert table["0"]["top1_mean"] == table["2"]["top1_mean"] == table["2"]["params_m"] == ""
+    assert table["0"]["params_m"] == "5.000"
+    assert (table["3"]["top1_mean"], table["3"]["n"], table["3"]["delta_n"]) == ("72.00", "1", "1")
+    assert table["2"]["n"] == "0"
+    text = (folder / "table.md").read_text()
+    assert text.count("ValueError: the loss is nan at step 7 | batch") == 3
+    assert "- `full_scans=3`, seed 1: ValueError" in text
+    assert markdown_rows(folder)[2]["top-1, %"] == "–"
+
+
+def test_no_record_at_all(tmp_path):
+    folder = fabricate(tmp_path, {1: [None], 4: [None]})
+    paths = make_table(folder)
+    assert paths.plot is None
+    assert "no run has left a record yet" in paths.markdown.read_text()
+    assert [row["status"] for row in read_csv(folder)] == ["missing", "missing"]
+
+
+def test_the_head_says_what_the_numbers_are(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.70, 0.71], 4: [0.71, 0.73]})
+    text = make_table(folder).markdown.read_text()
+    for phrase in (
+        "# g · digits\n",
+        "digits; 1,077 train, 360 val, 360 test images of 1×32×32; 10 classes",
+        "max_shift 2, hflip false",
+        "30 epochs, batch 64, lr 0.001, precision 32-true",
+        "**Seeds**: 0, 1\n",
+        "**Commit**: 0123456789ab\n",
+        "A CPU; torch 2.15.0, python 3.11.2\n",
+        "360 test images, one image is 0.28 points",
+        "EMA weights, never the best over epochs",
+        "a multiply-accumulate counts once",
+        "**Δ to `full_scans=1`**",
+        "Holm's correction",
+        "ImageNet-1K, 100 epochs",
+        "```\npython cli.py fit --config experiments/g.yaml\n```",
+        "`python cli.py tables --grid g/digits`",
+    ):
+        assert phrase in text
+    assert "disagree" not in text
+    assert markdown_rows(folder)[0]["cell"] == "full_scans=1 (baseline)"
+    assert markdown_rows(folder)[0]["*paper: params, M*"] == "*4.8*"
+
+
+def test_records_that_disagree_are_all_listed(tmp_path):
+    changes = {
+        "4-0": {"env": {**ENV, "commit": "fedcba+dirty"}},
+        "4-1": {"data": {**DATA, "train_images": 9}, "counts": {"params": 1}},
+    }
+    text = make_table(fabricate(tmp_path, {1: [0.7, 0.71], 4: [0.71, 0.73]}, **changes)).markdown.read_text()
+    assert (
+        "**Commit**: **the records disagree**: 0123456789ab (`full_scans=1`, `full_scans=4`); "
+        "fedcba+dirty (`full_scans=4`)" in text
+    )
+    assert "9 train, 360 val, 360 test images of 1×32×32; 10 classes (`full_scans=4`)" in text
+    assert "**Schedule**: 30 epochs" in text
+    assert "the seeds of full_scans=4 disagree" in text
+
+
+def test_without_baseline_or_printed_numbers_their_columns_go(tmp_path):
+    timm = {"network": {"class_path": "msv.models.TimmModel", "init_args": {"name": "x"}}}
+    folder = fabricate(tmp_path, {1: [0.7]}, baseline=None, **{"1-0": timm})
+    text = make_table(folder).markdown.read_text()
+    assert "Δ" not in text
+    assert "paper:" not in text
+    assert list(markdown_rows(folder)[0])[-1] == "n"
+    assert read_csv(folder)[0]["paper_top1"] == read_csv(folder)[0]["delta_mean"] == ""
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    folder = fabricate(tmp_path / "here", {1: [0.70, 0.71], 4: [0.71, "failed"]})
+    paths = make_table(folder)
+    files = (paths.csv, paths.markdown, paths.plot)
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    make_table(folder)
+    assert [path.read_bytes() for path in files] == before
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    moved = make_table(tmp_path / "there" / "g" / "digits")
+    assert [path.read_bytes() for path in (moved.csv, moved.markdown, moved.plot)] == before
+
+
+def test_only_listed_hashes_count(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.7]})
+    old = next(folder.glob("full_scans=1/seed0-*"))
+    shutil.copytree(old, old.with_name("seed0-00000000"))
+    make_table(folder)
+    assert read_csv(folder)[0]["n"] == "1"
+    old.rename(old.with_name("seed0-11111111"))
+    paths = make_table(folder)
+    assert read_csv(folder)[0]["status"] == "missing"
+    assert paths.plot is None
+    assert not (folder / "accuracy_vs_flops.png").exists()
+
+
+def test_a_record_in_another_run_s_folder(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.7], 4: [0.8]})
+    one, four = (next(folder.glob(f"full_scans={n}/seed0-*")) for n in (1, 4))
+    shutil.copy(one / "record.json", four / "record.json")
+    with pytest.raises(ValueError, match="is the record of another run"):
+        make_table(folder)
+
+
+def test_a_truncated_record_names_the_file_and_leaves_the_old_table(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.7], 4: [0.8]})
+    before = make_table(folder).csv.read_bytes()
+    path = next(folder.glob("full_scans=4/*/record.json"))
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"record\.json is truncated or damaged"):
+        make_table(folder)
+    assert (folder / "table.csv").read_bytes() == before
+
+
+def test_a_toggle_called_as_a_column(tmp_path):
+    config = base()
+    config["data"]["init_args"]["n"] = 1
+    grid = Grid("g", axes={"data.init_args.n": [1, 2]}, results=str(tmp_path))
+    write_grid_file(grid, resolve_runs(grid, config), "")
+    make_table(tmp_path / "g" / "digits")
+    row = read_csv(tmp_path / "g" / "digits")[1]
+    assert (row["toggle_n"], row["n"]) == ("2", "0")
+
+
+def test_command_makes_all_tables(tmp_path, capsys):
+    for name in ("scans", "parts"):
+        fabricate(tmp_path, {1: [0.7]}, name=name)
+    assert main(["--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for name in ("scans", "parts"):
+        assert f"# {name} · digits" in out
+        assert f"wrote {tmp_path / name / 'digits' / 'table.csv'}" in out
+        assert (tmp_path / name / "digits" / "accuracy_vs_flops.png").is_file()
+
+
+@pytest.mark.parametrize("chosen", ["scans", "scans/digits"])
+def test_command_makes_the_chosen_table(tmp_path, capsys, chosen):
+    for name in ("scans", "parts"):
+        fabricate(tmp_path, {1: [0.7]}, name=name)
+    assert main(["--grid", chosen, chosen, "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("# scans") == 1
+    assert not (tmp_path / "parts" / "digits" / "table.csv").exists()
+
+
+def test_command_with_an_unknown_grid(tmp_path):
+    fabricate(tmp_path, {1: [0.7]}, name="ablate_scans")
+    with pytest.raises(ValueError, match=r"--grid 'ablate_scan': no such grid in .*; did you mean ablate_scans"):
+        main(["--grid", "ablate_scan", "--results", str(tmp_path)])
+
+
+def test_command_without_results(tmp_path):
+    for results in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"no grid has results in .*python cli\.py fit --config"):
+            main(["--results", str(results)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        main(["--results", str(tmp_path / "file")])
+
+
+def test_command_makes_the_other_tables_before_it_tells_of_a_damaged_record(tmp_path):
+    damaged = fabricate(tmp_path, {1: [0.7]}, name="a")
+    next(damaged.glob("*/*/record.json")).write_text("{")
+    whole = fabricate(tmp_path, {1: [0.7]}, name="b")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        main(["--results", str(tmp_path)])
+    assert (whole / "table.csv").is_file()
+
+
+def test_published_tables_are_not_taken_for_runs(tmp_path):
+    folder = fabricate(tmp_path, {1: [0.7]})
+    published = tmp_path / "measured" / "digits" / "g"
+    shutil.copytree(folder, published)
+    main(["--results", str(tmp_path)])
+    assert not (published / "table.csv").exists()
+    main(["--results", str(tmp_path / "measured")])
+    assert (Path(published) / "table.csv").read_bytes() == (folder / "table.csv").read_bytes()
