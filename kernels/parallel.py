@@ -268,7 +268,7 @@ def _to_lines(t: Tensor, size: Sequence[int]) -> Tensor:
     (lines, steps), (batch, channels, length) = size, t.shape
     cut = t.new_empty(lines * steps, batch, channels)
     cut[length:] = 0
-    _put(cut[:length].permute(1, 2, 0), t)
+    _put(cut[:length].transpose(0, 1), t.mT)
     return cut.unflatten(0, (lines, steps))
 
 
@@ -278,7 +278,7 @@ def _uncut(t: Tensor, length: int) -> Tensor:
 
 
 def _put(into: Tensor, value: Tensor) -> None:
-    """Copies (B, D, L) into a tensor of that shape."""
+    """Copies a batch of matrices into a tensor of that shape."""
     if len(value) == 1:
         into[0].copy_(value[0])  # torch transposes plain matrices several times faster
     else:
