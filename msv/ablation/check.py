@@ -1,0 +1,93 @@
+"""What can be known to be wrong with a grid before anything trains."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from msv.ablation.cell import one_line
+from msv.ablation.config import apply_overrides
+from msv.ablation.grid import Grid, Run, expand, resolve_runs
+from msv.ablation.records import RECORD_NAME, read_record
+from msv.experiment import LAST, ExperimentCLI, parse_experiment
+from msv.tasks.checkpoint import read_checkpoint
+
+
+def resolve_all(cli: ExperimentCLI, grid: Grid) -> list[Run]:
+    """Every run of a grid with its config resolved: parsed again with the cell's values, defaults filled in.
+
+    Raises:
+        ValueError: names every cell whose keys or values the parser refuses.
+    """
+    base = cli.resolved()
+    problems: dict[str, str] = {}
+    for cell in expand(grid):
+        try:
+            parse_experiment(cli, apply_overrides(base, cell.overrides))
+        except (TypeError, ValueError) as error:
+            problems[cell.name] = one_line(error)
+    _raise_together(grid.name, problems)
+    return resolve_runs(grid, base, lambda config: parse_experiment(cli, config))
+
+
+def check_runs(runs: Sequence[Run], fresh: bool) -> None:
+    """Build the objects of every different config, and read what earlier runs left, without training.
+
+    Args:
+        runs: the runs to come.
+        fresh: whether earlier runs are moved aside, so that what they left does not matter.
+
+    Raises:
+        ValueError: names every cell with something wrong: data, network, image size, device, schedule, a damaged
+            record or checkpoint.
+    """
+    problems: dict[str, str] = {}
+    known: dict[str, str | None] = {}
+    checked: set[str] = set()
+    for run in runs:
+        key = json.dumps({**run.config, "seed_everything": 0}, sort_keys=True, default=str)
+        if key not in known:
+            known[key] = _problem(run.config, checked)
+        found = known[key] or (None if fresh else _leftover_problem(run))
+        if found:
+            problems[run.cell.name] = found
+    _raise_together(runs[0].grid if runs else "", problems)
+
+
+def _problem(config: dict[str, Any], checked: set[str]) -> str | None:
+    """What is wrong with a config; ``checked`` holds the data sections whose files have been looked at."""
+    try:
+        cli = ExperimentCLI(args={**config, "trainer": {**config["trainer"], "logger": False}}, run=False)
+        data, model = cli.datamodule, cli.model
+        section = json.dumps(config["data"], sort_keys=True, default=str)
+        if section not in checked:
+            data.check()
+            checked.add(section)
+        model.check(cli.trainer, data)
+        with torch.inference_mode():
+            model.network.eval()(torch.zeros(1, data.in_chans, data.image_size, data.image_size))
+    except Exception as error:  # whatever a class of the user's raises is said of the cell it belongs to
+        return one_line(error)
+    return None
+
+
+def _leftover_problem(run: Run) -> str | None:
+    try:
+        if (run.folder / RECORD_NAME).is_file():
+            read_record(run.folder / RECORD_NAME)
+        if (run.folder / LAST).is_file():
+            read_checkpoint(run.folder / LAST, map_location="meta")
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    return None
+
+
+def _raise_together(grid: str, problems: dict[str, str]) -> None:
+    if not problems:
+        return
+    texts = dict.fromkeys(problems.values())
+    lines = [f"{', '.join(cell for cell in problems if problems[cell] == text)}: {text}" for text in texts]
+    if len(lines) == 1:
+        raise ValueError(f"grid {grid!r}, {'cells' if len(problems) > 1 else 'cell'} {lines[0]}")
+    raise ValueError(f"{len(problems)} cells of grid {grid!r} cannot run:\n  " + "\n  ".join(lines))
