@@ -3,9 +3,10 @@
 A sequence is walked as lines of steps: a map is its rows or columns, a 1-D sequence is cut. Steps of a line come one
 after another, everything else side by side:
 
-- wide work (a batch of images) walks line after line, in blocks of rows of the batch that stay in the cache;
-- narrow work (one long sequence) walks all lines in step. Their first states come from a walk of their own, each line
-  from zero, and the products of decays over whole lines (Eq. 4), which carry a state from line to line.
+- wide work (a batch of images on a CPU) walks line after line, in blocks of rows of the batch that stay in the cache;
+- narrow work (one long sequence, anything on a GPU) walks all lines in step. Their first states come from a walk of
+  their own, each line from zero, and the products of decays over whole lines (Eq. 4), which carry a state from line to
+  line.
 
 A visit is a few neighbouring steps of a line. What is N wide lives for one visit and is never stored for all steps: the
 backward computes it again from the states with which visits begin, which the forward saves.
@@ -25,9 +26,28 @@ from torch import Tensor
 
 LOG2_E = math.log2(math.e)  # exp2 is several times faster than exp on a CPU, so A carries this factor
 VISIT = 4, 16  # least and most steps of a visit: a quarter of all states is saved, or less
-WIDE = 8_192  # states of one step from which on lines are walked one after another
-IN_STEP = 32_768  # states of one step of all lines, where lines are walked in step and their number is free
-CACHED = 98_304  # states of a visit up to which what it touches stays in the cache
+
+
+class _Sizes(NamedTuple):
+    """What suits a device.
+
+    Attributes:
+        wide: states of one step from which on lines are walked one after another.
+        in_step: states of one step of all lines, where lines are walked in step and their number is free.
+        visit: states of a visit up to which what it touches stays in the cache, or in memory at all.
+    """
+
+    wide: int
+    in_step: int
+    visit: int
+
+
+CPU = _Sizes(wide=8_192, in_step=32_768, visit=98_304)
+GPU = _Sizes(wide=2**24, in_step=2**20, visit=2**26)  # launches cost more than anything else
+
+
+def _sizes(device: torch.device) -> _Sizes:
+    return CPU if device.type == "cpu" else GPU
 
 
 class Lines(NamedTuple):
@@ -65,16 +85,17 @@ class Lines(NamedTuple):
     @property
     def in_step(self) -> bool:
         """Whether lines are walked in step, or one after another."""
-        return _in_step(self.u.shape[0], self.u.shape[2] * self.A.numel())
+        return _in_step(self.u.shape[0], self.u.shape[2] * self.A.numel(), self.u.device)
 
     @property
     def visit(self) -> int:
         """The steps of a visit."""
-        return _visit(self.u.shape[1], math.prod(self.u.shape[2:-1]) * self.A.numel())
+        return _visit(self.u.shape[1], math.prod(self.u.shape[2:-1]) * self.A.numel(), self.u.device)
 
     def saved_shape(self) -> tuple[int, ...]:
         """The shape of the states saved, one a visit."""
-        return saved_shape_of(*self.u.shape[:3], *self.A.shape)
+        lines, steps, batch = self.u.shape[:3]
+        return saved_shape_of(lines, steps, batch, self.A.shape[0], self.A.shape[1], self.u.device)
 
     def visits(self, steps: int) -> list[tuple[int, slice]]:
         """The places of visits of so many steps, in walking order."""
@@ -89,33 +110,36 @@ class Lines(NamedTuple):
         """Blocks of rows of the batch whose visits of so many steps fit in the cache."""
         batch = self.u.shape[-2]
         beside = math.prod(self.u.shape[2:-2])
-        most = max(1, CACHED // max(1, steps * beside * self.A.numel()))
+        most = max(1, _sizes(self.u.device).visit // max(1, steps * beside * self.A.numel()))
         size = -(-batch // -(-batch // most)) if batch else 1
         return (slice(row, row + size) for row in range(0, batch, size))
 
 
-def _in_step(lines: int, width: int) -> bool:
-    return lines > 1 and width < WIDE
+def _in_step(lines: int, width: int, device: torch.device) -> bool:
+    return lines > 1 and width < _sizes(device).wide
 
 
-def _visit(steps: int, width: int) -> int:
+def _visit(steps: int, width: int, device: torch.device) -> int:
     """The steps of a visit, `width` states a step."""
-    return min(steps, max(VISIT[0], min(VISIT[1], CACHED // max(1, width))))
+    return min(steps, max(VISIT[0], min(VISIT[1], _sizes(device).visit // max(1, width))))
 
 
-def line_counts(length: int, width: int) -> tuple[int, int]:
+def line_counts(length: int, width: int, device: torch.device) -> tuple[int, int]:
     """Lines and steps of a 1-D sequence, `width` states a step."""
-    lines = 1 if width >= WIDE else max(1, min(round(length**0.5), IN_STEP // max(1, width)))
+    sizes = _sizes(device)
+    lines = 1 if width >= sizes.wide else max(1, min(round(length**0.5), sizes.in_step // max(1, width)))
     steps = -(-length // lines)
     return -(-length // steps), steps
 
 
-def saved_shape_of(lines: int, steps: int, batch: int, d_state: int, channels: int) -> tuple[int, ...]:
+def saved_shape_of(
+    lines: int, steps: int, batch: int, d_state: int, channels: int, device: torch.device
+) -> tuple[int, ...]:
     """The shape of the states saved of so many lines of so many steps."""
     width = batch * d_state * channels
-    if _in_step(lines, width):
-        return -(-steps // _visit(steps, lines * width)), lines, batch, d_state, channels
-    return lines * -(-steps // _visit(steps, width)), batch, d_state, channels
+    if _in_step(lines, width, device):
+        return -(-steps // _visit(steps, lines * width, device)), lines, batch, d_state, channels
+    return lines * -(-steps // _visit(steps, width, device)), batch, d_state, channels
 
 
 def walk_forward(lines: Lines, h: Tensor, skip: Tensor | None, y: Tensor, saved: Tensor) -> Tensor:

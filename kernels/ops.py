@@ -179,7 +179,7 @@ def _scan_1d(
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     dtype = state_dtype(u, delta, A, B, C)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
-    saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1])
+    saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1], u.device)
     return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
 
 
@@ -228,7 +228,7 @@ def _scan_2d(
 def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
     batch, height, width, channels = x.shape
     dtype = state_dtype(x, x_dbl, dt_weight, A_log)
-    saved = parallel.saved_numel_2d(x.shape, A_log.shape[2], [ROUTES[route] for route in routes])
+    saved = parallel.saved_numel_2d(x.shape, A_log.shape[2], [ROUTES[route] for route in routes], x.device)
     out = x.new_empty(batch, len(routes), height, width, channels)
     return out, x.new_empty(saved, dtype=dtype)
 

@@ -107,11 +107,11 @@ def selective_scan_backward(
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
-def saved_numel_1d(shape: Sequence[int], groups: int, d_state: int) -> int:
+def saved_numel_1d(shape: Sequence[int], groups: int, d_state: int, device: torch.device) -> int:
     """The number of states that `selective_scan` saves for u of shape (B, D, L)."""
     batch, channels, length = shape
-    lines = line_counts(length, batch * d_state * channels // groups)
-    return groups * math.prod(saved_shape_of(*lines, batch, d_state, channels // groups))
+    lines = line_counts(length, batch * d_state * channels // groups, device)
+    return groups * math.prod(saved_shape_of(*lines, batch, d_state, channels // groups, device))
 
 
 @outside_autocast
@@ -166,7 +166,9 @@ def selective_scan_2d_backward(
     dx, dx_dbl = torch.zeros_like(x), torch.zeros_like(x_dbl, dtype=dtype)
     dweight, dbias, dA_log, dskip = (torch.zeros_like(t, dtype=dtype) for t in (dt_weight, dt_bias, A_log, D_skip))
     walked = sequences(tuple(s for _, s in routes), carry_state)
-    sizes = [saved_numel_2d(x.shape, d_state, [routes[route][0]]) for sequence in walked for route in sequence]
+    sizes = [
+        saved_numel_2d(x.shape, d_state, [routes[route][0]], x.device) for sequence in walked for route in sequence
+    ]
     states = dict(zip((route for sequence in walked for route in sequence), saved.split(sizes), strict=True))
     for weight_set in range(dt_weight.shape[0]):
         on_map, raw = _on_map(weight_set, x, x_dbl, dt_weight, dt_bias, A_log, dtype)
@@ -198,11 +200,11 @@ def selective_scan_2d_backward(
     )
 
 
-def saved_numel_2d(shape: Sequence[int], d_state: int, routes: Sequence[str]) -> int:
+def saved_numel_2d(shape: Sequence[int], d_state: int, routes: Sequence[str], device: torch.device) -> int:
     """The number of states that `selective_scan_2d` saves for x of shape (B, H, W, D) on these routes."""
     batch, height, width, channels = shape
     sizes = ((width, height) if name.startswith("col") else (height, width) for name in routes)
-    return sum(math.prod(saved_shape_of(*size, batch, d_state, channels)) for size in sizes)
+    return sum(math.prod(saved_shape_of(*size, batch, d_state, channels, device)) for size in sizes)
 
 
 def _map_lines(t: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ def _cut(
     if delta_softplus:
         step = F.softplus(step)
     A = A[own].to(dtype).mT.contiguous()
-    size = line_counts(u.shape[2], u.shape[0] * A.numel())
+    size = line_counts(u.shape[2], u.shape[0] * A.numel(), u.device)
     B, C = (_to_lines(t[:, part.number].to(dtype), size) for t in (B, C))
     return Lines(_to_lines(u[:, own].to(dtype), size), _to_lines(step, size), A, B, C)
 

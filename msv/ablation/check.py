@@ -13,6 +13,12 @@ from msv.ablation.records import RECORD_NAME, read_record
 from msv.experiment import LAST, ExperimentCLI, parse_experiment
 from msv.tasks.checkpoint import read_checkpoint
 
+IDENTITY = ("name", "train_images", "val_images", "test_images", "num_classes")
+"""What tells data apart in a record."""
+
+IDENTITY = ("name", "train_images", "val_images", "test_images", "num_classes")
+"""What tells data apart in a record."""
+
 
 def resolve_all(cli: ExperimentCLI, grid: Grid) -> list[Run]:
     """Every run of a grid with its config resolved: parsed again with the cell's values, defaults filled in.
@@ -53,6 +59,41 @@ def check_runs(runs: Sequence[Run], fresh: bool) -> None:
         if found:
             problems[run.cell.name] = found
     _raise_together(runs[0].grid if runs else "", problems)
+
+
+def check_same_data(runs: Sequence[Run]) -> None:
+    """Refuse to skip finished runs whose data are others by now: the data's root is no part of a run's hash.
+
+    Args:
+        runs: finished runs about to be skipped.
+
+    Raises:
+        ValueError: a record's data are not those that the config finds now. Data that cannot be read now say nothing.
+    """
+    problems: dict[str, str] = {}
+    known: dict[str, dict[str, Any] | None] = {}
+    for run in runs:
+        key = json.dumps(run.config["data"], sort_keys=True, default=str)
+        if key not in known:
+            known[key] = _data_now(run.config)
+        now, then = known[key], read_record(run.folder / RECORD_NAME)["data"]
+        if now is None:
+            continue
+        changed = [f"{name} {then.get(name)!r}, now {now[name]!r}" for name in IDENTITY if then.get(name) != now[name]]
+        if changed:
+            problems[run.cell.name] = (
+                f"finished on other data ({'; '.join(changed)}): name these data with --grid.recipe NAME, or train "
+                "anew with --grid.rerun all, which moves the old runs aside"
+            )
+    _raise_together(runs[0].grid if runs else "", problems)
+
+
+def _data_now(config: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        cli = ExperimentCLI(args={**config, "trainer": {**config["trainer"], "logger": False}}, run=False)
+        return cli.datamodule.summary()
+    except (OSError, ValueError):
+        return None
 
 
 def _problem(config: dict[str, Any], checked: set[str]) -> str | None:

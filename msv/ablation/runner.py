@@ -19,7 +19,7 @@ from filelock import Timeout
 from rich.console import Console
 
 from msv.ablation import cell as cell_process
-from msv.ablation.check import check_runs, resolve_all
+from msv.ablation.check import check_runs, check_same_data, resolve_all
 from msv.ablation.grid import Grid, Run, check_results_root, grid_folder, selected, write_grid_file
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.ablation.tables import make_table
@@ -85,6 +85,7 @@ def run_grid(cli: ExperimentCLI) -> int:
         return 0
     todo = [run for run in chosen if _is_due(grid, run)]
     check_runs(todo, fresh=grid.rerun == "all")
+    check_same_data([run for run in chosen if run not in todo and _state(run) == "done"])
     folder = grid_folder(grid, chosen[0].recipe)
     write_grid_file(grid, runs, command(cli.words))
 

@@ -273,6 +273,24 @@ def test_truncated_leftovers_are_named_before_training(run, straight, tmp_path, 
     assert sorted(p.name for p in (results / "tiny/quick").glob("full_scans=*")) == ["full_scans=1"]
 
 
+def test_a_finished_run_on_other_data_is_not_passed_off_as_this_one(run, straight, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(straight["folder"].parents[3], results)
+    words = fit(results, *ONE, "--trainer.max_epochs", "6")
+    status, out, _ = run(*words)
+    assert (status, "skipped" in out) == (0, True)
+
+    path = record(results, "full_scans=1")["folder"] / "record.json"
+    content = json.loads(path.read_text())
+    content["data"] |= {"name": "ImageNet layout: flowers", "train_images": 12}
+    path.write_text(json.dumps(content))
+    status, _, err = run(*words)
+    assert status == 2
+    assert "name 'ImageNet layout: flowers', now 'digits'; train_images 12, now 1077" in err
+    assert "--grid.recipe NAME" in err
+    assert json.loads(path.read_text()) == content
+
+
 def test_a_lock_is_seen_from_another_process(tmp_path):
     folder = tmp_path / "cell" / "seed0-00000000"
     folder.parent.mkdir()

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from msv.kernels import selective_scan, selective_scan_2d
+from msv.kernels import lines, selective_scan, selective_scan_2d
 
 BACKENDS = ("parallel", "auto")
 LENGTHS = (1, 2, 7, 63, 64, 65, 196, 300, 785)
@@ -267,3 +267,22 @@ def test_the_same_inputs_give_the_same_bits(make_1d, make_2d, outputs_and_gradie
                 assert all(torch.equal(a[name], b[name]) for name in a)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("case", [(70, 48, 9, 8, 1), (2, 5, 300, 3, 1), (1, 6, 300, 8, 2)], ids=name_1d)
+def test_1d_cut_as_on_a_gpu(monkeypatch, make_1d, outputs_and_gradients, assert_agree, case):
+    monkeypatch.setattr(lines, "CPU", lines.GPU)
+    batch, channels, length, d_state, groups = case
+    arguments = make_1d(batch, channels, length, d_state, groups)
+    expected = outputs_and_gradients(scan_and_last, arguments, backend="reference")
+    assert_agree(outputs_and_gradients(scan_and_last, arguments, backend="auto"), expected, torch.float64)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (9, 20), (1, 6), (6, 1)], ids="{0[0]}x{0[1]}".format)
+def test_2d_cut_as_on_a_gpu(monkeypatch, make_2d, outputs_and_gradients, assert_agree, size):
+    monkeypatch.setattr(lines, "CPU", lines.GPU)
+    routes = ROUTE_SETS["sets-0010"]
+    arguments = make_2d(batch=40, height=size[0], width=size[1], channels=40, d_state=8, sets=sets_of(routes))
+    scan = partial(selective_scan_2d, routes=routes, carry_state=True)
+    expected = outputs_and_gradients(scan, arguments, backend="reference")
+    assert_agree(outputs_and_gradients(scan, arguments, backend="auto"), expected, torch.float64)
