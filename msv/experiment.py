@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from msv.ablation.grid import Grid
+from msv.grid_section import Grid
 from msv.parse_errors import original_errors, readable_errors
 from msv.tasks import EMA, History, Progress
 from msv.tasks.checkpoint import AtomicCheckpointIO
@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 DEFAULT_RECIPE = Path("recipes/digits.yaml")
+DESCRIPTION = (
+    "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
+    "these: tables (make them again from records), profile (parameters and FLOPs), benchmark (time the scan); each "
+    "has its own --help."
+)
 # What is trained; the rest of a command's options say what to do with it.
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ema")
 
@@ -93,7 +98,11 @@ class ExperimentCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"devices": 1, "enable_model_summary": False, "callbacks": callbacks},
             seed_everything_default=0,
-            parser_kwargs={**strict, **{name: dict(strict) for name in self.subcommands()}} if run else strict,
+            parser_kwargs=(
+                {**strict, "description": DESCRIPTION, **{name: dict(strict) for name in self.subcommands()}}
+                if run
+                else strict
+            ),
             args=args,
             run=run,
             auto_configure_optimizers=False,

@@ -8,9 +8,10 @@ import torch
 
 from msv.ablation.cell import one_line
 from msv.ablation.config import apply_overrides
-from msv.ablation.grid import Grid, Run, expand, resolve_runs
+from msv.ablation.grid import Run, expand, resolve_runs
 from msv.ablation.records import RECORD_NAME, read_record
 from msv.experiment import LAST, ExperimentCLI, parse_experiment
+from msv.grid_section import Grid
 from msv.tasks.checkpoint import read_checkpoint
 
 IDENTITY = ("name", "train_images", "val_images", "test_images", "num_classes")

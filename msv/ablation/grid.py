@@ -5,10 +5,10 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from filelock import FileLock
@@ -16,6 +16,7 @@ from filelock import FileLock
 from msv.ablation.config import apply_overrides, canonical, config_hash, get_path, nearest
 from msv.ablation.names import check_name, name_part, toggle_names
 from msv.files import write_atomic
+from msv.grid_section import Grid
 
 GRID_FILE = "grid.yaml"
 _GRID_FILE_KEYS = frozenset({"name", "recipe", "baseline", "command", "toggles", "cells"})
@@ -25,38 +26,6 @@ _RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_fl
 _HASH = re.compile(r"[0-9a-f]{8}")
 # A run of the shipped networks keeps a checkpoint of up to ~100 MB, and writes the next before it drops the last.
 MIN_FREE_BYTES = 200_000_000
-
-
-@dataclass
-class Grid:
-    """A grid of runs: what is varied, over which seeds, against which row.
-
-    Args:
-        name: of the grid; its results lie in `<results>/<name>/<recipe>`. Letters, digits and ``._=+,-``.
-        axes: full dotted key of the config -> list of values; the product of all axes makes the cells, the last axis
-            running fastest, named like `full_scans=1,d_state=8`.
-        cells: name -> {full dotted key: value}; explicit rows, after those of the axes. `{}` is the base config as it
-            is. The keys of axes and cells win over the command line.
-        seeds: each cell runs once with each seed (`seed_everything`).
-        baseline: name of the cell that the differences of the table refer to.
-        recipe: name of the folder under the grid's; by default the overlays' names, or the data's.
-        results: folder that takes all results.
-        rerun: what to do with runs that have a record: "failed" runs failed ones again and resumes unfinished ones,
-            "all" moves every old run aside and starts afresh, "none" leaves failed ones as they are.
-        dry_run: print the cells and their commands, and train nothing.
-        only: names of the only cells to run now, for job arrays; the grid and its table stay whole.
-    """
-
-    name: str
-    axes: dict[str, list[Any]] = field(default_factory=dict)
-    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    baseline: str | None = None
-    recipe: str | None = None
-    results: str = "results"
-    rerun: Literal["failed", "all", "none"] = "failed"
-    dry_run: bool = False
-    only: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

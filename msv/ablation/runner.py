@@ -20,11 +20,12 @@ from rich.console import Console
 
 from msv.ablation import cell as cell_process
 from msv.ablation.check import check_runs, check_same_data, resolve_all
-from msv.ablation.grid import Grid, Run, check_results_root, grid_folder, selected, write_grid_file
+from msv.ablation.grid import Run, check_results_root, grid_folder, selected, write_grid_file
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.ablation.tables import make_table
 from msv.experiment import LAST, ExperimentCLI
 from msv.files import write_atomic
+from msv.grid_section import Grid
 
 log = logging.getLogger(__name__)
 

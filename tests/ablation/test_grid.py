@@ -10,7 +10,6 @@ from jsonargparse import ArgumentParser
 from msv.ablation import grid as grid_module
 from msv.ablation.config import config_hash
 from msv.ablation.grid import (
-    Grid,
     check_results_root,
     expand,
     read_grid_file,
@@ -20,6 +19,7 @@ from msv.ablation.grid import (
     write_grid_file,
 )
 from msv.ablation.names import format_value, toggle_names
+from msv.grid_section import Grid
 
 SCANS = "model.init_args.network.init_args.full_scans"
 STATE = "model.init_args.network.init_args.d_state"

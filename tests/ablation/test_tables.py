@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from msv.ablation.grid import Grid, resolve_runs, write_grid_file
+from msv.ablation.grid import resolve_runs, write_grid_file
 from msv.ablation.records import write_record
 from msv.ablation.tables import load_table, main, make_table
+from msv.grid_section import Grid
 
 SCANS = "model.init_args.network.init_args.full_scans"
 NETWORK = {"dims": [48, 96, 192, 384], "depths": [2, 2, 6, 2], "d_state": 8, "se": False, "conv_ffn": False}
