@@ -26,14 +26,6 @@ def route_order(route: str, height: int, width: int, device: torch.device | str 
     return step
 
 
-def route_inverse(route: str, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Returns the step at which a route visits each map position, int64 of shape (H·W,): the gamma of Eq. 10."""
-    position = torch.arange(height * width, device=device)
-    if route.startswith("col"):
-        position = (position % width) * height + position // width
-    return height * width - 1 - position if route.endswith("R") else position
-
-
 def sequences(sets: tuple[int, ...], carry_state: bool) -> list[tuple[int, ...]]:
     """Groups routes into the sequences that one state runs through.
 

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from rich.table import Table
 from msv.grid_section import Grid
 from msv.parse_errors import original_errors, readable_errors
 from msv.tasks import EMA, History, Progress
-from msv.tasks.checkpoint import AtomicCheckpointIO
+from msv.tasks.checkpoint import AtomicCheckpointIO, read_checkpoint
 
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 DEFAULT_RECIPE = Path("recipes/digits.yaml")
+SHIPPED = Path(__file__).parents[1] / "experiments"
 DESCRIPTION = (
     "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
     "these: tables (make them again from records), profile (parameters and FLOPs), benchmark (time the scan); each "
@@ -139,6 +141,8 @@ class ExperimentCLI(LightningCLI):
                 return
             self.words = list(sys.argv[1:] if args is None else args)
             words, self.recipe = with_default_recipe(self.words)
+            for file in _config_files(words):
+                refuse_duplicate_keys(file)
             self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
@@ -181,7 +185,17 @@ class ExperimentCLI(LightningCLI):
     # The commands.
 
     def _run_subcommand(self, subcommand: str) -> None:
+        checkpoint = self._get(self.config, "ckpt_path")
+        if self.grid is not None and checkpoint is not None:
+            raise ValueError(
+                f"--ckpt_path {checkpoint}: the runs of a grid go on from their own {LAST}; to start from weights give "
+                "--model.pretrained"
+            )
+        if checkpoint is not None and checkpoint not in ("last", "best", "hpc", "registry"):
+            read_checkpoint(Path(checkpoint), map_location="meta")
         if self.grid is None:
+            if subcommand != "fit" and checkpoint is None and getattr(self.model, "pretrained", None) is None:
+                log.warning("%s uses untrained weights: give --ckpt_path results/.../last.ckpt", subcommand)
             super()._run_subcommand(subcommand)
         elif self.run_grid is None:
             raise ValueError("this config has a grid: section; run it with `python cli.py fit`")
@@ -191,8 +205,6 @@ class ExperimentCLI(LightningCLI):
     def predict(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
         """Write or print the classes of images."""
         kwargs["return_predictions"] = True
-        if kwargs.get("ckpt_path") is None and getattr(model, "pretrained", None) is None:
-            log.warning("predicting with untrained weights; give --ckpt_path results/.../last.ckpt")
         batches = self.trainer.predict(model, datamodule=datamodule, **kwargs) or []
         probabilities = torch.cat([batch for batch in batches if isinstance(batch, torch.Tensor)])
         paths = [str(path) for path in datamodule.predict_dataset(datamodule.predict_paths).paths]  # type: ignore[attr-defined]
@@ -242,6 +254,8 @@ def with_default_recipe(args: list[str]) -> tuple[list[str], str | None]:
     typed = [word for word in args if word == "--data" or word.startswith(("--data=", "--data.class_path"))]
     if files and not with_data and not typed:
         recipe = files[0].parent / DEFAULT_RECIPE
+        if not recipe.is_file():  # a grid of one's own, somewhere else
+            recipe = SHIPPED / DEFAULT_RECIPE
         if recipe.is_file():
             log.info("no config has data: %s is added", recipe)
             first = configs[0][0]
@@ -249,6 +263,36 @@ def with_default_recipe(args: list[str]) -> tuple[list[str], str | None]:
             args = [*args[:end], "--config", str(recipe), *args[end:]]
             files.insert(1, recipe)
     return args, "+".join(file.stem for file in files[1:]) or None
+
+
+def _config_files(args: list[str]) -> list[Path]:
+    values = [word.partition("=")[2] for word in args if word.startswith("--config=")]
+    values += [value for word, value in pairwise(args) if word in ("--config", "-c")]
+    return [Path(value) for value in values if _is_file(value)]
+
+
+def refuse_duplicate_keys(file: Path) -> None:
+    """Raise a ValueError for a key given twice in one mapping, of which YAML would silently keep the last.
+
+    Raises:
+        ValueError: names the file, the line and the key.
+    """
+    try:
+        nodes = [yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except yaml.YAMLError:
+        return  # the parser says what is wrong
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes.extend(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{file}, line {line}: {key.value!r} stands twice; rename or remove one of them")
+                seen.add(str(key.value))
+                nodes.append(value)
 
 
 def write_predictions(paths: list[str], probabilities: torch.Tensor, names: list[str], output: str | None) -> None:

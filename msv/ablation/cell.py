@@ -108,6 +108,8 @@ def _train(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     cli = ExperimentCLI(args=config, run=False, folder=folder)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    if _rank() == 0:
+        update_record(folder, data=data.summary())
     last = folder / LAST
     trainer.fit(model, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
 
@@ -196,6 +198,8 @@ def main(argv: list[str]) -> int:
     if _rank() != 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _end_with_parent()
+    elif read_record(folder / RECORD_NAME)["status"] == "done":
+        raise ValueError(f"{folder} holds a finished run; move the folder aside to train it again")
     status = run_cell(folder)
     if status == LOCKED:
         raise ValueError(f"{folder}: another process works on this run; wait for it or stop it")

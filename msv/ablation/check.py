@@ -63,10 +63,10 @@ def check_runs(runs: Sequence[Run], fresh: bool) -> None:
 
 
 def check_same_data(runs: Sequence[Run]) -> None:
-    """Refuse to skip finished runs whose data are others by now: the data's root is no part of a run's hash.
+    """Refuse to skip or resume runs whose data are others by now: the data's root is no part of a run's hash.
 
     Args:
-        runs: finished runs about to be skipped.
+        runs: runs that have a record.
 
     Raises:
         ValueError: a record's data are not those that the config finds now. Data that cannot be read now say nothing.
@@ -78,12 +78,12 @@ def check_same_data(runs: Sequence[Run]) -> None:
         if key not in known:
             known[key] = _data_now(run.config)
         now, then = known[key], read_record(run.folder / RECORD_NAME)["data"]
-        if now is None:
+        if now is None or not then:
             continue
         changed = [f"{name} {then.get(name)!r}, now {now[name]!r}" for name in IDENTITY if then.get(name) != now[name]]
         if changed:
             problems[run.cell.name] = (
-                f"finished on other data ({'; '.join(changed)}): name these data with --grid.recipe NAME, or train "
+                f"trained on other data ({'; '.join(changed)}): name these data with --grid.recipe NAME, or train "
                 "anew with --grid.rerun all, which moves the old runs aside"
             )
     _raise_together(runs[0].grid if runs else "", problems)

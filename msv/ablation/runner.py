@@ -86,7 +86,8 @@ def run_grid(cli: ExperimentCLI) -> int:
         return 0
     todo = [run for run in chosen if _is_due(grid, run)]
     check_runs(todo, fresh=grid.rerun == "all")
-    check_same_data([run for run in chosen if run not in todo and _state(run) == "done"])
+    if grid.rerun != "all":
+        check_same_data([run for run in chosen if (run.folder / RECORD_NAME).is_file()])
     folder = grid_folder(grid, chosen[0].recipe)
     write_grid_file(grid, runs, command(cli.words))
 
@@ -106,6 +107,7 @@ def run_grid(cli: ExperimentCLI) -> int:
     finally:
         for sign, handler in previous.items():
             signal.signal(sign, handler)
+    _write_table(console, folder)  # also where no run was due: the baseline or the cells may be others by now
     _summarise(console, folder, tally)
     return 1 if tally.failed else 0
 
@@ -113,7 +115,7 @@ def run_grid(cli: ExperimentCLI) -> int:
 def _run_one(console: Console, cli: ExperimentCLI, grid: Grid, run: Run, number: int, tally: Tally) -> None:
     try:
         with cell_process.run_lock(_made(run.folder.parent) / run.folder.name).acquire(timeout=0):
-            if _state(run) == "done" and grid.rerun != "all":  # another process finished it meanwhile
+            if grid.rerun != "all" and _state(run) == "done":  # another process finished it meanwhile
                 _skip(console, run, number, tally)
                 return
             if grid.rerun == "all" and run.folder.exists():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ValueError):
     """The training loss became infinite or not a number."""
 
 

@@ -319,3 +319,43 @@ def test_command_leaves_out_what_was_for_once(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (75, "1 min 15 s"), (7265, "2 h 1 min")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_key_given_twice_is_refused(run, tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("grid:\n  name: g\n  cells:\n    a: {model.init_args.lr: 0.1}\n    a: {model.init_args.lr: 0.2}\n")
+    status, _, err = run(*fit(tmp_path / "results", "--config", str(grid)))
+    assert status == 2
+    assert f"{grid}, line 5: 'a' stands twice" in err
+
+
+def test_a_grid_of_ones_own_gets_the_digits_wherever_it_lies(run, tmp_path):
+    grid = tmp_path / "my_grid.yaml"
+    grid.write_text((CONFIGS / "grid.yaml").read_text())
+    status, out, err = run(
+        "fit", "--config", str(grid), "--grid.dry_run", "true", "--grid.results", str(tmp_path / "results")
+    )
+    assert (status, err) == (0, "")
+    assert "/tiny/digits/full_scans=4/" in out
+
+
+def test_a_truncated_ckpt_path_is_named(run, straight, tmp_path):
+    damaged = tmp_path / "last.ckpt"
+    damaged.write_bytes((straight["folder"] / "last.ckpt").read_bytes()[:50_000])
+    status, _, err = run("test", "--config", str(straight["folder"] / "config.yaml"), "--ckpt_path", str(damaged))
+    assert status == 2
+    assert str(damaged) in err
+    assert "truncated" in err
+
+
+def test_ckpt_path_beside_a_grid_is_refused(run, tmp_path):
+    status, _, err = run(*fit(tmp_path / "results", "--ckpt_path", "x.ckpt"))
+    assert status == 2
+    assert "--ckpt_path x.ckpt: the runs of a grid go on from their own last.ckpt" in err
+
+
+def test_a_finished_run_is_not_trained_again_by_hand(run, straight):
+    status, _, err = run("cell", str(straight["folder"]))
+    assert status == 2
+    assert "holds a finished run" in err
+    assert record(straight["folder"].parents[3], "full_scans=1")["status"] == "done"
