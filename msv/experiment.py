@@ -39,6 +39,7 @@ DESCRIPTION = (
     "these: tables (make them again from records), profile (parameters and FLOPs), benchmark (time the scan); each "
     "has its own --help."
 )
+FROM_DATA = {f"--model.{part}{name}" for part in ("", "init_args.") for name in ("in_chans", "num_classes")}
 # What is trained; the rest of a command's options say what to do with it.
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ema")
 
@@ -143,6 +144,9 @@ class ExperimentCLI(LightningCLI):
             words, self.recipe = with_default_recipe(self.words)
             for file in _config_files(words):
                 refuse_duplicate_keys(file)
+            for word in words:
+                if word.partition("=")[0] in FROM_DATA:
+                    raise ValueError(f"{word}: the channels and classes of the network follow the data; leave it out")
             self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:

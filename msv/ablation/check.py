@@ -119,7 +119,8 @@ def _leftover_problem(run: Run) -> str | None:
         if (run.folder / RECORD_NAME).is_file():
             read_record(run.folder / RECORD_NAME)
         if (run.folder / LAST).is_file():
-            read_checkpoint(run.folder / LAST, map_location="meta")
+            last = run.folder / LAST
+            read_checkpoint(last, map_location="meta", fix=f"delete it to start again without it: rm {last}")
     except (OSError, ValueError) as error:
         return one_line(error)
     return None

@@ -6,7 +6,7 @@
 Names: C channels of a map, D = 2·C channels inside a token mixer, N = d_state.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import ClassifierHead, DropPath
@@ -112,6 +112,8 @@ class MSVMamba(nn.Module):
         super().__init__()
         _check(in_chans, num_classes, dims, depths, d_state, conv_ffn, drop_path_rate, drop_rate, ffn_drop_rate)
         _check_toggles(full_scans, carry_state, share_half, separate_norms, downsample)
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.ssm_weight_decay = ssm_weight_decay

@@ -48,12 +48,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: str = "cpu", fix: str = "get it again") -> dict[str, Any]:
     """Read a ``torch.save`` file of plain tensors and containers.
 
     Args:
         path: the file.
         map_location: where the tensors go; ``"meta"`` reads names and shapes only.
+        fix: what the error about a damaged file advises.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -65,7 +66,7 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path}: truncated or not a checkpoint ({path.stat().st_size} bytes, expected the zip file "
-            f"that torch.save writes); delete it to start again without it: rm {path}"
+            f"that torch.save writes); {fix}"
         )
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
@@ -75,10 +76,7 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
             f"an unknown file ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path}: truncated or damaged checkpoint ({str(error).splitlines()[0]}); delete it to start "
-            f"again without it: rm {path}"
-        ) from error
+        raise ValueError(f"{path}: truncated or damaged checkpoint ({str(error).splitlines()[0]}); {fix}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content

@@ -359,3 +359,10 @@ def test_a_finished_run_is_not_trained_again_by_hand(run, straight):
     assert status == 2
     assert "holds a finished run" in err
     assert record(straight["folder"].parents[3], "full_scans=1")["status"] == "done"
+
+
+@pytest.mark.parametrize("word", ["--model.in_chans", "--model.num_classes"])
+def test_what_follows_the_data_is_not_taken_from_the_command_line(run, tmp_path, word):
+    status, _, err = run(*fit(tmp_path / "results", word, "3"))
+    assert status == 2
+    assert f"{word}: the channels and classes of the network follow the data" in err
