@@ -1,10 +1,16 @@
 """The scan's public operators: argument checks, choice of backend, and registration with torch.
 
 `auto` and `triton` go through operators registered with `torch.library`, which compile and FLOP counters see as one
-call; `parallel` and `reference` are plain torch.
+call, on a GPU the Triton kernels, elsewhere the torch scan; `parallel` and `reference` are plain torch.
+
+Autocast changes nothing: an operator takes its inputs in the dtypes they have, computes as `precision.py` says and
+returns y in the dtype of u or x.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +23,10 @@ from .precision import state_dtype
 from .routes import ROUTES
 
 Backend = Literal["auto", "triton", "parallel", "reference"]
+
+# Both are settled before Triton is imported, which is not before a kernel is asked for.
+_HAS_TRITON = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def selective_scan(
@@ -86,10 +96,13 @@ def selective_scan(
         raise ValueError(f"B has {B.shape[1]} groups, but u has {channels} channels; expected a divisor of them")
 
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if _check_backend(backend, u) == "reference":
+    states = state_dtype(u, delta, A, B, C)
+    if _check_backend(backend, u, states) == "reference":
         y, last = reference.selective_scan(*arguments)
+    elif backend == "parallel":
+        y, last, _ = _plain(_Parallel1d, parallel.selective_scan, arguments)
     else:
-        y, last, _ = _run(_scan_1d, _Parallel1d, parallel.selective_scan, backend, arguments)
+        y, last, _ = _scan_1d(*arguments, _runs_triton(backend, u, states))
     return (y, last) if return_last_state else y
 
 
@@ -149,10 +162,13 @@ def selective_scan_2d(
             raise ValueError(f"route {name!r} names weight set {weight_set}, but there are {dt_weight.shape[0]}")
 
     weights = (x, x_dbl, dt_weight, dt_bias, A_log, D_skip)
-    if _check_backend(backend, x) == "reference":
+    states = state_dtype(x, x_dbl, dt_weight, A_log)
+    if _check_backend(backend, x, states) == "reference":
         return reference.selective_scan_2d(*weights, tuple(routes), carry_state)
+    if backend == "parallel":
+        return _plain(_Parallel2d, parallel.selective_scan_2d, (*weights, tuple(routes), carry_state))[0]
     names, sets = [ROUTES.index(name) for name, _ in routes], [weight_set for _, weight_set in routes]
-    return _run(_scan_2d, _Parallel2d, _parallel_2d, backend, (*weights, names, sets, carry_state))[0]
+    return _scan_2d(*weights, names, sets, carry_state, _runs_triton(backend, x, states))[0]
 
 
 # The registered operators: forward, backward, fake, autograd, FLOPs.
@@ -169,17 +185,22 @@ def _scan_1d(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, the last state and the states saved for the backward."""
-    y, last, saved = parallel.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    """Returns y, the last state and the states saved for the backward; `triton`: by its kernels, or in torch."""
+    scan = _triton_1d() if triton else parallel
+    y, last, saved = scan.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return y.contiguous(), last.contiguous(), saved
 
 
 @_scan_1d.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton):
     dtype = state_dtype(u, delta, A, B, C)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
-    saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1], u.device)
+    if triton:
+        saved = _triton_1d().saved_numel_1d(u.shape, A.shape[1])
+    else:
+        saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1], u.device)
     return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
 
 
@@ -197,14 +218,16 @@ def _scan_1d_backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    triton: bool,
 ) -> list[Tensor]:
     """Returns the gradients of u, delta, A, B, C, then of those of D, z, delta_bias that are given."""
-    gradients = _parallel_1d_backward(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return [g.contiguous() for g in gradients]
+    scan = _triton_1d() if triton else parallel
+    gradients = scan.selective_scan_backward(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return [g.contiguous() for g in gradients if g is not None]
 
 
 @_scan_1d_backward.register_fake
-def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton):
     return [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
 
 
@@ -219,16 +242,21 @@ def _scan_2d(
     routes: Sequence[int],
     sets: Sequence[int],
     carry_state: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the routes on the map and the states saved for the backward; routes are numbers into `ROUTES`."""
-    return _parallel_2d(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state)
+    scan = _triton_2d() if triton else parallel
+    return scan.selective_scan_2d(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, _pairs(routes, sets), carry_state)
 
 
 @_scan_2d.register_fake
-def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
+def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton):
     batch, height, width, channels = x.shape
     dtype = state_dtype(x, x_dbl, dt_weight, A_log)
-    saved = parallel.saved_numel_2d(x.shape, A_log.shape[2], [ROUTES[route] for route in routes], x.device)
+    if triton:
+        saved = _triton_2d().saved_numel_2d(x.shape, A_log.shape[2], _pairs(routes, sets), carry_state)
+    else:
+        saved = parallel.saved_numel_2d(x.shape, A_log.shape[2], [ROUTES[route] for route in routes], x.device)
     out = x.new_empty(batch, len(routes), height, width, channels)
     return out, x.new_empty(saved, dtype=dtype)
 
@@ -246,60 +274,61 @@ def _scan_2d_backward(
     routes: Sequence[int],
     sets: Sequence[int],
     carry_state: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, x_dbl, dt_weight, dt_bias, A_log and D_skip."""
-    gradients = _parallel_2d_backward(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state)
+    scan = _triton_2d() if triton else parallel
+    gradients = scan.selective_scan_2d_backward(
+        dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, _pairs(routes, sets), carry_state
+    )
     dx, dx_dbl, dweight, dbias, dA_log, dskip = (g.contiguous() for g in gradients)
     return dx, dx_dbl, dweight, dbias, dA_log, dskip
 
 
 @_scan_2d_backward.register_fake
-def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state):
+def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton):
     return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip))
 
 
-def _with_names(arguments: tuple) -> tuple:
-    """Turns the registered operators' last arguments (routes, sets, carry_state) back into pairs and carry_state."""
-    routes, sets, carry_state = arguments[-3:]
-    named = [(ROUTES[route], weight_set) for route, weight_set in zip(routes, sets, strict=True)]
-    return (*arguments[:-3], named, carry_state)
+def _pairs(routes: Sequence[int], sets: Sequence[int]) -> list[tuple[str, int]]:
+    return [(ROUTES[route], weight_set) for route, weight_set in zip(routes, sets, strict=True)]
 
 
-def _parallel_1d_backward(*arguments: Any) -> list[Tensor]:
-    return [gradient for gradient in parallel.selective_scan_backward(*arguments) if gradient is not None]
+def _triton_1d() -> ModuleType:
+    from . import triton_1d
+
+    return triton_1d
 
 
-def _parallel_2d(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return parallel.selective_scan_2d(*_with_names(arguments))
+def _triton_2d() -> ModuleType:
+    from . import triton_2d
 
-
-def _parallel_2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return parallel.selective_scan_2d_backward(*_with_names(arguments))
+    return triton_2d
 
 
 def _keep_1d(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.delta_softplus = inputs
+    ctx.options = inputs[8:]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], *tensors)
+    ctx.save_for_backward(output[2], *inputs[:8])
 
 
 def _keep_2d(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.routes, ctx.sets, ctx.carry_state = inputs
+    ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_backward(output[1], *inputs[:6])
 
 
 def _gradients_1d(scan_backward: Callable, ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple:
     saved, *tensors = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(tensors[0])
-    given = iter(scan_backward(dy, dlast, saved, *tensors, ctx.delta_softplus))
-    return (*(None if t is None else next(given) for t in tensors), None)
+    given = iter(g for g in scan_backward(dy, dlast, saved, *tensors, *ctx.options) if g is not None)
+    return (*(None if t is None else next(given) for t in tensors), *(None for _ in ctx.options))
 
 
 def _gradients_2d(scan_backward: Callable, ctx: Any, dy: Tensor) -> tuple:
-    return (*scan_backward(dy, *ctx.saved_tensors, ctx.routes, ctx.sets, ctx.carry_state), None, None, None)
+    return (*scan_backward(dy, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options))
 
 
 def _autograd_1d(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple:
@@ -326,7 +355,7 @@ class _Parallel1d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple:
-        return _gradients_1d(_parallel_1d_backward, ctx, dy, dlast)
+        return _gradients_1d(parallel.selective_scan_backward, ctx, dy, dlast)
 
 
 class _Parallel2d(torch.autograd.Function):
@@ -334,14 +363,14 @@ class _Parallel2d(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _parallel_2d(*arguments)
+        return parallel.selective_scan_2d(*arguments)
 
     setup_context = staticmethod(_keep_2d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple:
-        return _gradients_2d(_parallel_2d_backward, ctx, dy)
+        return _gradients_2d(parallel.selective_scan_2d_backward, ctx, dy)
 
 
 def flops_1d(batch: int, length: int, channels: int, d_state: int, skip: bool) -> int:
@@ -367,23 +396,36 @@ def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, *args, **kwargs) -> i
 # Choice of backend, and argument checks.
 
 
-def _check_backend(backend: str, x: Tensor) -> str:
+def _check_backend(backend: str, x: Tensor, states: torch.dtype) -> str:
+    """Checks that a backend is known and can run here."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
     if backend == "triton":
-        raise ValueError(
-            "backend 'triton' is not there yet: the GPU kernels are not written; use 'auto' or 'parallel', which run "
-            f"in torch on any device (the input is on {x.device})"
-        )
+        remedy = "use 'auto' or 'parallel', which run in torch on any device"
+        if not _HAS_TRITON:
+            raise ValueError(
+                f"backend 'triton' needs the package triton, which is not installed; install it, or {remedy}"
+            )
+        if not (x.is_cuda or _INTERPRETED):
+            raise ValueError(
+                f"backend 'triton' needs a GPU, but the input is on {x.device}; {remedy}, or set TRITON_INTERPRET=1 "
+                "before Python starts, which runs the kernels slowly in Triton's interpreter"
+            )
+        if states == torch.float64:
+            raise ValueError(f"backend 'triton' keeps states in float32, but an input is float64; {remedy}")
     return backend
 
 
-def _run(registered: Callable, function: Any, plain: Callable, backend: str, arguments: tuple) -> tuple:
-    if backend != "parallel":
-        return registered(*arguments)
+def _runs_triton(backend: str, x: Tensor, states: torch.dtype) -> bool:
+    """Whether `auto` or `triton` means the Triton kernels for this input, rather than the torch scan."""
+    return backend == "triton" or (x.is_cuda and _HAS_TRITON and states == torch.float32)
+
+
+def _plain(function: Any, scan: Callable, arguments: tuple) -> tuple:
+    """The torch scan outside the registered operators."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         return function.apply(*arguments)
-    return plain(*arguments)
+    return scan(*arguments)
 
 
 def _check_floating(**tensors: Tensor | None) -> None:

@@ -1,5 +1,9 @@
-"""What every test starts from: one thread, so that two workers share two cores well, and a fixed seed."""
+"""What every test starts from: one thread, so that two workers share two cores well, and a fixed seed.
 
+Without a GPU, Triton's interpreter runs the kernels; Triton reads its switch when kernels are first imported.
+"""
+
+import os
 import random
 
 import numpy as np
@@ -7,6 +11,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,10 @@
 import argparse
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,29 +17,38 @@ from rich.table import Table
 from msv.files import write_atomic
 from msv.provenance import environment
 
-from .scan_cases import Case, Group, groups
-from .timing import Timing, Work, medians_interleaved, nbytes, peak_memory
+from . import mamba_cuda, scan_cpu, scan_gpu, scan_gpu_bars, scan_gpu_cases
 
-ENVIRONMENT = ("device", "cpu", "threads", "torch", "triton", "msv", "commit")
-COLUMNS = (
-    *("what", "operator", "B", "K", "D", "L", "N", "R", "map", "dtype", "backend", "calls"),
-    *("forward_ms", "forward_min_ms", "forward_backward_ms", "forward_backward_min_ms"),
-    *("yardstick", "yardstick_ms", "yardstick_min_ms", "ratio", "max_ratio"),
-    *("io_bytes", "peak_bytes", "memory_ratio", "max_memory_ratio", "repeats"),
-    *ENVIRONMENT,
-)
-"""Of the CSV. Times are of one call, or of `calls` calls one after another: the median of `repeats`, and the least; the
-forward alone keeps nothing for a backward. `ratio` is forward plus backward over the yardstick. `io_bytes` are the
-operator's inputs and output; `peak_bytes` the most bytes alive during forward plus backward: inputs, output, the
-gradient that comes in and those that go out, and what the scan needs besides.
-"""
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark measures, and how it is told.
+
+    Attributes:
+        file: name of the CSV, without its ending.
+        columns: of the CSV.
+        rows: measured while one iterates.
+        table: of rows and the environment.
+        remarks: lines about rows, below the table.
+        failed: whether rows are missing what they should have.
+    """
+
+    file: str
+    columns: Sequence[str]
+    rows: Iterable[dict[str, Any]]
+    table: Callable[[Rows, dict[str, Any]], Table]
+    remarks: Callable[[Rows], list[str]]
+    failed: Callable[[Rows], bool]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with the arguments after `benchmark`; returns the exit status.
+    """Runs the command with the arguments after `benchmark`; returns the exit status, 1 if a row could not be measured.
 
     Raises:
-        ValueError: there is no GPU for `--device cuda`, or `--threads` is below 1.
+        ValueError: an option does not fit: there is no GPU for `--device cuda`, no row for `--only`, no rival in
+            `--rival`; `--threads` is below 1; an option of the GPU's table is given for the CPU's.
         OSError: the CSV cannot be written.
     """
     options = _parser().parse_args(argv)
@@ -47,115 +57,92 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no GPU here; use --device cpu, or auto for what there is")
     name: Literal["cpu", "cuda"] = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    path = Path(options.out) / f"scan_{name}{'_quick' if options.quick else ''}.csv"
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 190)  # a file or a pipe has room for the table
     with _threads(options.threads):
-        env = environment(name)
-        rows = []
-        for group in groups(torch.device(name), options.quick):
-            with console.status(f"timing against: {group.yardstick}"):
-                rows += measure(group, torch.device(name))
-    rows = [{**row, **{column: env[column] for column in ENVIRONMENT}} for row in rows]
-    write_atomic(path, as_csv(rows))
-    console.print(_table(rows, f"{env['device']}, {env['threads']} threads, torch {env['torch']}"))
-    for line in verdicts(rows):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"written to {path}", highlight=False, soft_wrap=True)
-    return 0
+        found: dict[str, Any] = {**environment(name), "cuda": torch.version.cuda}
+        kernels = name == "cuda" or (options.quick and os.environ.get("TRITON_INTERPRET") == "1")
+        benchmark = gpu_benchmark(options, torch.device(name), console) if kernels else cpu_benchmark(options)
+        env = {column: found[column] for column in found if column in benchmark.columns}
+        path = Path(options.out) / f"{benchmark.file}.csv"
+        rows: list[dict[str, Any]] = []
+        with console.status("timing"):
+            for row in benchmark.rows:
+                rows.append({**row, **env})
+                write_atomic(path, as_csv(rows, benchmark.columns))  # what is measured stays, whatever comes
+    console.print(benchmark.table(rows, found))
+    for line in benchmark.remarks(rows):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"written to {path}", highlight=False, soft_wrap=True, markup=False)
+    return int(benchmark.failed(rows))
 
 
-def measure(group: Group, device: torch.device) -> list[dict[str, Any]]:
-    """Times a group's cases and its yardstick in turns and measures their memory; returns a row a case."""
-    works: dict[str, Work] = {"yardstick": group.yardstick_work}
-    for number, case in enumerate(group.cases):
-        works[f"{number} forward"] = partial(_run, [call.forward for call in case.calls])
-        works[f"{number} both"] = partial(_run, [call.forward_backward for call in case.calls])
-    times = medians_interleaved(works, device, group.repeats)
-    rows = []
-    for number, case in enumerate(group.cases):
-        both, yardstick = times[f"{number} both"], times["yardstick"]
-        row = {
-            "what": case.what,
-            "operator": case.operator,
-            **case.shape,
-            "dtype": str(case.calls[0].tensors[0].dtype).removeprefix("torch."),
-            "backend": case.backend,
-            "calls": len(case.calls),
-            **_milliseconds("forward", times[f"{number} forward"]),
-            **_milliseconds("forward_backward", both),
-            "yardstick": group.yardstick,
-            **_milliseconds("yardstick", yardstick),
-            "ratio": both.median / yardstick.median,
-            "max_ratio": case.max_ratio,
-            "repeats": group.repeats,
-        }
-        rows.append({**row, **_memory(case, device)})
-    return rows
+def cpu_benchmark(options: argparse.Namespace) -> Benchmark:
+    """The table of a CPU.
+
+    Raises:
+        ValueError: an option of the GPU's table is given.
+    """
+    for option in ("only", "rival", "without", "backend"):
+        if getattr(options, option):
+            raise ValueError(f"--{option} belongs to the GPU's table; use it with --device cuda")
+    return Benchmark(
+        f"scan_cpu{'_quick' if options.quick else ''}",
+        scan_cpu.COLUMNS,
+        scan_cpu.measure(options.quick),
+        scan_cpu.table,
+        scan_cpu.verdicts,
+        lambda rows: False,
+    )
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as CSV of `COLUMNS`; a number that was not measured is empty."""
+def gpu_benchmark(options: argparse.Namespace, device: torch.device, console: Console) -> Benchmark:
+    """The table of a GPU, whose tiny sizes run on a CPU too where Triton's interpreter does.
+
+    Raises:
+        ValueError: `--only` names no row, or `--rival` is no rival.
+    """
+    cases = scan_gpu_cases.cases(options.quick, tuple(options.only))
+    kernel: mamba_cuda.Rival | None = None
+    without = list(options.without)
+    if (device.type == "cuda" or options.rival) and "rival" not in without:
+        try:
+            kernel = mamba_cuda.load(options.rival)
+        except mamba_cuda.RivalMissingError as missing:
+            if options.rival is not None:
+                raise ValueError(f"--rival is {options.rival}: {missing}") from missing
+            console.print(f"without Mamba's CUDA kernel: {missing}", highlight=False, soft_wrap=True, markup=False)
+    rows = scan_gpu.measure(
+        cases,
+        device,
+        options.backend or "triton",
+        kernel,
+        "parallel" not in without,
+        scan_gpu.QUICK if options.quick else scan_gpu.Effort(),
+    )
+
+    def remarks(rows: Rows) -> list[str]:
+        return [*scan_gpu.notes(rows), *([] if options.quick else scan_gpu_bars.verdicts(rows))]
+
+    parts = ["scan", "cuda" if device.type == "cuda" else "interpreter"]
+    # A part of the table must not take the place of the whole.
+    parts += ["part"] if options.only or without or options.backend else []
+    parts += ["quick"] if options.quick else []
+    return Benchmark("_".join(parts), scan_gpu.COLUMNS, rows, scan_gpu.table, remarks, scan_gpu.failed)
+
+
+def as_csv(rows: Rows, columns: Sequence[str]) -> str:
+    """The rows as CSV of these columns; what was not measured is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _format(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 
-def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each bar: whether it is met, what was measured, what the bar is."""
-    lines = []
-    for row in rows:
-        name = f"{row['what']}, N={row['N']}"
-        if (bar := row["max_ratio"]) is not None:
-            met = "met" if row["ratio"] <= bar else "MISSED"
-            lines.append(f"{met}: {name}: {row['ratio']:.2f} times {row['yardstick']} (at most {bar:g})")
-        if (bar := row["max_memory_ratio"]) is not None:
-            met = "met" if row["memory_ratio"] < bar else "MISSED"
-            lines.append(
-                f"{met}: {name}: peak memory {row['memory_ratio']:.2f} times inputs plus output (under {bar:g})"
-            )
-    return lines
-
-
-def _run(works: Sequence[Work]) -> None:
-    for work in works:
-        work()
-
-
-def _memory(case: Case, device: torch.device) -> dict[str, Any]:
-    """The memory columns; empty for several calls, of which each has a peak of its own."""
-    if len(case.calls) > 1:
-        return dict.fromkeys(("io_bytes", "peak_bytes", "memory_ratio", "max_memory_ratio"))
-    call = case.calls[0]
-    inputs = nbytes(*call.tensors)
-    io_bytes = inputs + nbytes(call.forward())
-    peak_bytes = inputs + nbytes(call.upstream) + peak_memory(call.forward_backward, device)
-    sizes = {"io_bytes": io_bytes, "peak_bytes": peak_bytes, "memory_ratio": peak_bytes / io_bytes}
-    return {**sizes, "max_memory_ratio": case.max_memory_ratio}
-
-
-def _milliseconds(name: str, timing: Timing) -> dict[str, float]:
-    return {f"{name}_ms": 1e3 * timing.median, f"{name}_min_ms": 1e3 * timing.minimum}
-
-
 def _format(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value
-
-
-def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    table = Table("scan", title=title, title_justify="left", caption="medians in ms", caption_justify="left")
-    for column in ("forward", "fwd+bwd", "yardstick", "ratio", "peak MB", "/ in+out"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        size = "×".join(str(row[name]) for name in ("B", "K", "D")) + f", {row['map'] or row['L']}"
-        shape = size if row["calls"] == 1 else f"{row['calls']} calls"
-        times = [f"{row[f'{name}_ms']:.4g}" for name in ("forward", "forward_backward", "yardstick")]
-        memory = ["", ""]
-        if row["peak_bytes"] is not None:
-            memory = [f"{row['peak_bytes'] / 1e6:.2f}", f"{row['memory_ratio']:.2f}"]
-        table.add_row(f"{row['what']}\n{shape}, N={row['N']}", *times, f"{row['ratio']:.3g}", *memory)
-    return table
 
 
 @contextmanager
@@ -171,11 +158,32 @@ def _threads(number: int | None) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cli.py benchmark", description="Measures what msv costs on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
-    scan = commands.add_parser("scan", help="the scan's time and memory", description="The scan's time and memory.")
+    scan = commands.add_parser(
+        "scan",
+        help="the scan's time and memory",
+        description="The scan's time and memory: on a GPU its kernels, beside a copy of the same bytes, the parallel "
+        "scan and Mamba's CUDA kernel; on a CPU the parallel scan, beside what surrounds it in a training step.",
+    )
     scan.add_argument("--out", default="results/benchmarks", metavar="DIR", help="where scan_<device>.csv is written")
     scan.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU where there is one"
     )
-    scan.add_argument("--quick", action="store_true", help="tiny sizes, no bars: only to see that everything runs")
+    scan.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, no bars: only to see that everything runs; on a CPU with TRITON_INTERPRET=1 the GPU's table",
+    )
     scan.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's own choice)")
+    gpu = scan.add_argument_group("of the GPU's table")
+    gpu.add_argument("--only", nargs="+", default=(), metavar="PART", help="rows whose name contains one of these")
+    gpu.add_argument("--backend", choices=("triton", "auto", "parallel"), help="what is timed (default: triton)")
+    gpu.add_argument(
+        "--rival",
+        metavar="SOURCE",
+        help="Mamba's CUDA kernel: mamba_ssm's source package, its unpacked folder, or a built .so (default: the "
+        "installed package, else built from the package index; left out, saying so, where that fails)",
+    )
+    gpu.add_argument(
+        "--without", nargs="+", default=(), choices=("rival", "parallel"), help="leave out what ours is compared with"
+    )
     return parser

@@ -17,9 +17,10 @@ def poisoned():
     """Fills uninitialised memory with NaN, so that an output nobody wrote shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    assert torch.zeros(1).new_empty(3).isnan().all()
-    assert torch.empty_like(torch.zeros(3)).isnan().all()
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        assert torch.empty(3, device=device).isnan().all()
+        assert torch.zeros(1, device=device).new_empty(3).isnan().all()
+        assert torch.empty_like(torch.zeros(3, device=device)).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -68,23 +69,23 @@ def make_2d():
 
 @pytest.fixture
 def outputs_and_gradients():
-    """Runs an operator on copies of its arguments; returns outputs, and gradients of a weighted sum of them all."""
+    """Runs an operator on its arguments, detached; returns outputs, and gradients of a weighted sum of them all."""
 
     def run(operator, arguments, dtype=None, **options):
         generator = torch.Generator().manual_seed(1)
-        copies = {}
+        leaves = {}
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
-                value = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
-            copies[name] = value
-        found = operator(**copies, **options)
+                value = value.detach().to(dtype or value.dtype).requires_grad_()
+            leaves[name] = value
+        found = operator(**leaves, **options)
         outputs = dict(zip(("y", "last"), found if isinstance(found, tuple) else (found,), strict=False))
         weights = {
-            name: torch.randn(y.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(y.dtype)
+            name: torch.randn(y.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(y)
             for name, y in outputs.items()
         }
         torch.autograd.backward(list(outputs.values()), list(weights.values()))
-        gradients = {f"d{name}": t.grad for name, t in copies.items() if isinstance(t, torch.Tensor)}
+        gradients = {f"d{name}": t.grad for name, t in leaves.items() if isinstance(t, torch.Tensor)}
         return {name: y.detach() for name, y in outputs.items()}, gradients
 
     return run

@@ -5,15 +5,18 @@ import torch
 import torch.nn.functional as F
 
 from msv.models import MSVMamba, mixers
-from msv.profiling import benchmark
-from msv.profiling.scan_cases import MAPS, SEQUENCES, Call, record_scans
+from msv.profiling import benchmark, mamba_cuda, scan_cpu, scan_gpu
+from msv.profiling.scan_call import Call
+from msv.profiling.scan_cpu_cases import MAPS, SEQUENCES, record_scans
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmarks")
     threads = torch.get_num_threads()
-    assert benchmark.main(["scan", "--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert benchmark.main(["scan", "--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
     assert torch.get_num_threads() == threads
     (path,) = out.iterdir()
     with path.open(newline="") as file:
@@ -23,7 +26,7 @@ def quick(tmp_path_factory):
 def test_the_csv(quick):
     name, rows = quick
     assert name == "scan_cpu_quick.csv"
-    assert all(tuple(row) == benchmark.COLUMNS for row in rows)
+    assert all(tuple(row) == scan_cpu.COLUMNS for row in rows)
     assert [(row["operator"], row["N"], row["calls"]) for row in rows] == [
         *[("1d", "1", "1"), ("1d", "8", "1")],
         *[("2d", "8", "1"), ("2d", "8", "4"), ("2d", "1", "1"), ("2d", "1", "4")],
@@ -105,11 +108,11 @@ def test_a_call_s_forward_keeps_no_graph():
 def test_verdicts():
     row = {"what": "1-D scan", "N": 1, "yardstick": "torch.cumsum", "ratio": 10.0, "max_ratio": 10.0}
     memory = {"memory_ratio": 6.0, "max_memory_ratio": 6.0}
-    assert benchmark.verdicts([{**row, **memory}]) == [
+    assert scan_cpu.verdicts([{**row, **memory}]) == [
         "met: 1-D scan, N=1: 10.00 times torch.cumsum (at most 10)",
         "MISSED: 1-D scan, N=1: peak memory 6.00 times inputs plus output (under 6)",
     ]
-    assert benchmark.verdicts([{**row, "max_ratio": None, "max_memory_ratio": None}]) == []
+    assert scan_cpu.verdicts([{**row, "max_ratio": None, "max_memory_ratio": None}]) == []
 
 
 @pytest.mark.parametrize("threads", ["0", "-2"])
@@ -122,3 +125,71 @@ def test_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch finds no GPU"):
         benchmark.main(["scan", "--device", "cuda", "--out", str(tmp_path)])
+
+
+def gpu_table(tmp_path, *arguments):
+    status = benchmark.main(["scan", "--quick", "--out", str(tmp_path), *arguments])
+    (path,) = tmp_path.iterdir()
+    with path.open(newline="") as file:
+        return status, path.name, list(csv.DictReader(file))
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_the_gpu_s_table_at_tiny_sizes_on_a_cpu(interpreter, tmp_path, capsys):
+    arguments = ("--device", "cpu", "--backend", "parallel", "--only", "1d B2 K1", "2d SS2D B2 D6 5x7 N1 ")
+    status, name, rows = gpu_table(tmp_path, *arguments)
+    assert (status, name) == (0, "scan_interpreter_part_quick.csv")
+    assert [(row["name"], row["R"], row["map"]) for row in rows] == [
+        *((f"1d B2 K1 D6 L37 N1 {dtype}", "", "") for dtype in ("bf16", "fp16", "fp32")),
+        ("2d SS2D B2 D6 5x7 N1 bf16", "2", "5x7"),
+    ]
+    for row in rows:
+        assert tuple(row) == scan_gpu.COLUMNS
+        assert (row["method"], row["backend"], row["rival"], row["error"]) == ("calls", "parallel", "", "")
+        assert row["torch"] and row["device"] and row["commit"]
+        assert float(row["forward_over_copy"]) == pytest.approx(
+            float(row["forward_ms"]) / float(row["copy_ms"]), rel=1e-3
+        )
+    printed = capsys.readouterr().out
+    assert "met:" not in printed and "MISSED" not in printed  # a bar is for the real sizes
+
+
+def test_a_row_that_fails_stops_no_other(interpreter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scan_gpu, "peak_memory", lambda work, device: work() and 1 // 0)
+    status, _, rows = gpu_table(tmp_path, "--device", "cpu", "--backend", "parallel", "--only", "K1")
+    assert status == 1
+    assert [row["error"] for row in rows] == ["ZeroDivisionError: integer division or modulo by zero"] * 4
+    assert "error: 4 rows: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_no_such_row(interpreter, tmp_path):
+    with pytest.raises(ValueError, match="--only is D999, which is part of no row's name"):
+        gpu_table(tmp_path, "--device", "cpu", "--only", "D999")
+
+
+def test_a_rival_that_was_asked_for_and_is_missing(interpreter, tmp_path, monkeypatch):
+    def load(source):
+        raise mamba_cuda.RivalMissingError(f"no nvcc for {source}")
+
+    monkeypatch.setattr(mamba_cuda, "load", load)
+    with pytest.raises(ValueError, match=r"--rival is a\.tar\.gz: no nvcc for a\.tar\.gz"):
+        gpu_table(tmp_path, "--device", "cpu", "--rival", "a.tar.gz")
+
+
+@pytest.mark.parametrize("option", [("--only", "1d"), ("--rival", "x.so"), ("--without", "rival")])
+def test_options_of_the_gpu_s_table_on_a_cpu(tmp_path, monkeypatch, option):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"{option[0]} belongs to the GPU's table"):
+        benchmark.main(["scan", "--quick", "--device", "cpu", "--out", str(tmp_path), *option])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(tmp_path):
+    status, name, rows = gpu_table(tmp_path, "--device", "cuda", "--without", "rival", "--only", "bf16")
+    assert (status, name) == (0, "scan_cuda_part_quick.csv")
+    assert {row["method"] for row in rows} == {"graph"}

@@ -1,9 +1,9 @@
-"""What the scan's benchmark times: calls of the operators, and the yardsticks beside them.
+"""What the scan's benchmark times on a CPU: calls of the operators, and the yardsticks beside them.
 
 A new shape is an entry of `SEQUENCES` or `MAPS`, a new backend one of `BACKENDS`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,29 +15,10 @@ from torch import Tensor, nn
 from msv.kernels import Backend, selective_scan, selective_scan_2d
 from msv.models import MSVMamba, mixers
 
+from .scan_call import Call, Shape, leaves
 from .timing import Work
 
 BACKENDS: tuple[Backend, ...] = ("auto",)
-Shape = dict[str, int | str]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an operator on tensors of its own, and the gradient that comes back to its output."""
-
-    function: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-    upstream: Tensor
-
-    def forward(self) -> Tensor:
-        """The output, nothing kept for a backward."""
-        with torch.no_grad():
-            return self.function(*self.tensors)
-
-    def forward_backward(self) -> tuple[Tensor, ...]:
-        """The output and the gradients of all tensors."""
-        y = self.function(*self.tensors)
-        return y, *torch.autograd.grad(y, self.tensors, self.upstream)
 
 
 @dataclass(frozen=True)
@@ -115,7 +96,7 @@ def groups(device: torch.device, quick: bool) -> Iterator[Group]:
     """Makes the groups one after another, so that only one lies in memory.
 
     Args:
-        device: where the tensors lie; the bars are a CPU's.
+        device: where the tensors lie.
         quick: the same groups at tiny sizes and without bars, to see that everything runs.
     """
     makers = [
@@ -124,9 +105,9 @@ def groups(device: torch.device, quick: bool) -> Iterator[Group]:
     ]
     for make in makers:
         group = make(device)
-        if quick or device.type != "cpu":
+        if quick:
             bare = tuple(replace(case, max_ratio=None, max_memory_ratio=None) for case in group.cases)
-            group = replace(group, cases=bare, repeats=2 if quick else group.repeats)
+            group = replace(group, cases=bare, repeats=2)
         yield group
 
 
@@ -142,9 +123,9 @@ def sequence_group(entry: SequenceEntry, device: torch.device) -> Group:
         sizes = {"B": entry.batch, "K": 1, "D": entry.channels, "L": entry.length, "N": d_state}
         shape: Shape = {**sizes, "R": "", "map": ""}
         for backend in BACKENDS:
-            call = Call(partial(selective_scan, backend=backend), _leaves(u, delta, A, B, C), upstream)
+            call = Call(partial(selective_scan, backend=backend), leaves(u, delta, A, B, C), upstream)
             cases.append(Case("1-D scan", "1d", shape, (call,), backend, max_ratio, MAX_MEMORY_RATIO))
-    yardstick = Call(partial(torch.cumsum, dim=-1), _leaves(u), upstream)
+    yardstick = Call(partial(torch.cumsum, dim=-1), leaves(u), upstream)
     return Group("torch.cumsum(u, -1), forward and backward", yardstick.forward_backward, tuple(cases), repeats=30)
 
 
@@ -199,13 +180,9 @@ def record_scans(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Ca
         def function(*tensors: Tensor) -> Tensor:
             return selective_scan_2d(*tensors, *call["rest"], **call["options"])
 
-        return Call(function, _leaves(*call["tensors"]), call["upstream"].detach())
+        return Call(function, leaves(*call["tensors"]), call["upstream"].detach())
 
     return tuple(again(call) for call in found)
-
-
-def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.detach().requires_grad_() for t in tensors)
 
 
 def _map_shape(calls: tuple[Call, ...]) -> Shape:

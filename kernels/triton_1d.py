@@ -1,0 +1,636 @@
+"""The 1-D operator in Triton: Mamba's layout, time last.
+
+A program is a block of channels of one group, one sequence (or a chunk of it). As in `triton_2d.py` it walks tiles of T
+steps, here read along time, so that a thread finds the steps of its channel side by side.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_tiles import (
+    CHANNELS,
+    LOG2_E,
+    STEPS,
+    Chunks,
+    carry_chunks,
+    cut,
+    sigmoid,
+    softplus,
+    stack,
+    sum_channels,
+    unstack,
+    walk_backward,
+    walk_forward,
+)
+
+VECTOR = 8
+"""Steps read at once: 16 bytes of 16-bit values."""
+
+# A new length is a new value of these, and compiles nothing, but for the first one that VECTOR does not divide.
+_SIZES = ["L", "tiles", "groups", "chunks", "chunk_tiles"]
+
+
+@triton.jit
+def load_tile(row_ptr, t0, L, mask, ALIGNED: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """T steps of C rows, as they lie in memory: a tuple of (C, V). Zeros behind the end."""
+    found = ()
+    if ALIGNED:
+        L = tl.multiple_of(L, 8)
+    for part in tl.static_range(T // V):
+        t = t0 + part * V + tl.arange(0, V)
+        found = found + (tl.load(row_ptr[:, None] + t[None, :], mask=mask[:, None] & (t < L)[None, :], other=0.0),)
+    return found
+
+
+@triton.jit
+def unpack(parts, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """What `load_tile` returns as T vectors (C,), in float32."""
+    found = ()
+    for part in tl.static_range(T // V):
+        columns = unstack(parts[part], C, V)
+        for t in tl.static_range(V):
+            found = found + (columns[t].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def store_tile(row_ptr, t0, L, columns, mask, ALIGNED: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """The inverse of `load_tile` and `unpack`."""
+    if ALIGNED:
+        L = tl.multiple_of(L, 8)
+    for part in tl.static_range(T // V):
+        chosen = ()
+        for t in tl.static_range(V):
+            chosen = chosen + (columns[part * V + t].to(row_ptr.dtype.element_ty),)
+        t = t0 + part * V + tl.arange(0, V)
+        at = row_ptr[:, None] + t[None, :]
+        tl.store(at, stack(chosen, C, V), mask=mask[:, None] & (t < L)[None, :])
+
+
+@triton.jit
+def load_line(line_ptr, t0, L, ALIGNED: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """T steps of one row, as T vectors (1,). Zeros behind the end."""
+    found = ()
+    if ALIGNED:
+        L = tl.multiple_of(L, 8)
+    for part in tl.static_range(T // V):
+        t = t0 + part * V + tl.arange(0, V)
+        found = found + unstack(tl.load(line_ptr + t, mask=t < L, other=0.0), 1, V)
+    return found
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def scan_1d_forward(
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    y_ptr,
+    last_ptr,
+    saved_ptr,
+    starts_ptr,
+    reach_ptr,
+    L,
+    tiles,
+    groups,
+    chunks,
+    chunk_tiles,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    V: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Forward; or, as SUMMARY, what each chunk makes of a zero state, and its sum of Δ.
+
+    Args:
+        u_ptr, delta_ptr, z_ptr, y_ptr: (B, groups * D, L), D channels a group.
+        A_ptr: (groups * D, N).
+        B_ptr, C_ptr: (B, groups, N, L).
+        D_ptr, bias_ptr: (groups * D,).
+        last_ptr: the state behind the end, (B, groups * D, N).
+        saved_ptr: states after each tile but the last, (B, tiles - 1, N, groups * D).
+        starts_ptr: states with which chunks begin, (B, chunks, N, groups * D); as SUMMARY, those they make of zero.
+        reach_ptr: sums of Δ, (B, chunks, groups * D).
+    """
+    BLOCKS: tl.constexpr = (D + C - 1) // C
+    pid = tl.program_id(0)
+    in_group = pid % BLOCKS * C + tl.arange(0, C)
+    group = pid // BLOCKS % groups
+    chunk = pid // BLOCKS // groups % chunks
+    b = (pid // BLOCKS // groups // chunks).to(tl.int64)
+    i0 = chunk * chunk_tiles
+    i1 = tl.minimum(i0 + chunk_tiles, tiles)
+    if i0 >= i1:
+        return
+
+    mask = in_group < D
+    channels = groups.to(tl.int64) * D
+    d = group * D + in_group
+    rows = (b * channels + d) * L
+    u_ptr += rows
+    delta_ptr += rows
+    z_ptr += rows
+    y_ptr += rows
+    line = (b * groups + group) * N * L
+    saved_ptr += b * (tiles - 1) * N * channels + d
+    starts_ptr += (b * chunks + chunk) * N * channels + d
+    A_ptr += d * N
+    skip = tl.zeros((C,), tl.float32)
+    bias = tl.zeros((C,), tl.float32)
+    if HAS_D:
+        skip = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    h = tl.zeros((C,), tl.float32)
+    reach = tl.zeros((C,), tl.float32)
+    if N == 1:
+        A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+        if CHUNKED and not SUMMARY:
+            h = tl.load(starts_ptr, mask=mask, other=0.0)
+
+    us = load_tile(u_ptr, i0 * T, L, mask, ALIGNED, C, T, V)
+    raws = load_tile(delta_ptr, i0 * T, L, mask, ALIGNED, C, T, V)
+    for i in range(i0, i1):
+        t0 = i * T
+        if N == 1:
+            Bs = load_line(B_ptr + line, t0, L, ALIGNED, T, V)
+            Cs = load_line(C_ptr + line, t0, L, ALIGNED, T, V)
+        next_us = load_tile(u_ptr, t0 + T, L, mask, ALIGNED, C, T, V)
+        next_raws = load_tile(delta_ptr, t0 + T, L, mask, ALIGNED, C, T, V)
+
+        # Behind the end Δ = 0, which leaves the state as it is.
+        wide_us = unpack(us, C, T, V)
+        wide_raws = unpack(raws, C, T, V)
+        steps = ()
+        inputs = ()
+        ys = ()
+        for t in tl.static_range(T):
+            step = wide_raws[t] + bias
+            if SOFTPLUS:
+                step = softplus(step, EXACT)
+            step = tl.where(t < L - t0, step, 0.0)
+            steps = steps + (step,)
+            inputs = inputs + (step * wide_us[t],)
+            ys = ys + (skip * wide_us[t],)
+            reach += step
+        if N == 1:
+            ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
+            if not SUMMARY:
+                if i + 1 < tiles:
+                    tl.store(saved_ptr + i * channels, h, mask=mask)
+        else:
+            for n in range(0, N):
+                A2 = tl.load(A_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+                before = saved_ptr + ((i - 1) * N + n) * channels
+                if CHUNKED and not SUMMARY:
+                    before = tl.where(i > i0, before, starts_ptr + n * channels)
+                    h = tl.load(before, mask=mask, other=0.0)
+                else:
+                    h = tl.load(before, mask=in_group < tl.where(i > i0, D, 0), other=0.0)
+                Bs = load_line(B_ptr + line + n * L, t0, L, ALIGNED, T, V)
+                Cs = load_line(C_ptr + line + n * L, t0, L, ALIGNED, T, V)
+                ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
+                if i + 1 < tiles:
+                    tl.store(saved_ptr + (i * N + n) * channels, h, mask=mask)
+                if SUMMARY:
+                    if i + 1 == i1:
+                        tl.store(starts_ptr + n * channels, h, mask=mask)
+                elif i + 1 == tiles:
+                    tl.store(last_ptr + (b * channels + d) * N + n, h, mask=mask)
+        if not SUMMARY:
+            if HAS_Z:
+                zs = unpack(load_tile(z_ptr, t0, L, mask, ALIGNED, C, T, V), C, T, V)
+                gated = ()
+                for t in tl.static_range(T):
+                    gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
+                ys = gated
+            store_tile(y_ptr, t0, L, ys, mask, ALIGNED, C, T, V)
+        us = next_us
+        raws = next_raws
+    if SUMMARY:
+        tl.store(reach_ptr + (b * chunks + chunk) * channels + d, reach, mask=mask)
+        if N == 1:
+            tl.store(starts_ptr, h, mask=mask)
+    elif N == 1:
+        tl.store(last_ptr + b * channels + d, h, mask=in_group < tl.where(i1 == tiles, D, 0))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def scan_1d_backward(
+    dy_ptr,
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    saved_ptr,
+    du_ptr,
+    ddelta_ptr,
+    dA_ptr,
+    dB_ptr,
+    dC_ptr,
+    dD_ptr,
+    dz_ptr,
+    dbias_ptr,
+    ends_ptr,
+    reach_ptr,
+    L,
+    tiles,
+    groups,
+    chunks,
+    chunk_tiles,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    V: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Backward; or, as SUMMARY, the adjoint that each chunk makes of a zero one behind it, and its sum of Δ.
+
+    Args, beyond those of `scan_1d_forward`:
+        dy_ptr, du_ptr, ddelta_ptr, dz_ptr: (B, groups * D, L).
+        dB_ptr, dC_ptr: float32, (blocks of a group's channels, B, groups, N, L), each block's part of a sum.
+        dA_ptr, dD_ptr, dbias_ptr: float32, (B, chunks, N, groups * D) and twice (B, chunks, groups * D), each
+            program's part of a sum; dA holds zeros before.
+        ends_ptr: adjoints that reach chunks from behind, (B, chunks, N, groups * D), zeros where none does; used up.
+    """
+    BLOCKS: tl.constexpr = (D + C - 1) // C
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    in_group = block * C + tl.arange(0, C)
+    group = pid // BLOCKS % groups
+    chunk = pid // BLOCKS // groups % chunks
+    b = (pid // BLOCKS // groups // chunks).to(tl.int64)
+    i0 = chunk * chunk_tiles
+    i1 = tl.minimum(i0 + chunk_tiles, tiles)
+    if i0 >= i1:
+        return
+
+    mask = in_group < D
+    channels = groups.to(tl.int64) * D
+    d = group * D + in_group
+    rows = (b * channels + d) * L
+    dy_ptr += rows
+    u_ptr += rows
+    delta_ptr += rows
+    z_ptr += rows
+    du_ptr += rows
+    ddelta_ptr += rows
+    dz_ptr += rows
+    line = (b * groups + group) * N * L
+    batch = tl.num_programs(0) // BLOCKS // groups // chunks
+    part = ((block * batch + b) * groups + group) * N * L
+    saved_ptr += b * (tiles - 1) * N * channels + d
+    row = b * chunks + chunk
+    ends_ptr += row * N * channels + d
+    dA_ptr += row * N * channels + d
+    A_ptr += d * N
+    skip = tl.zeros((C,), tl.float32)
+    bias = tl.zeros((C,), tl.float32)
+    if HAS_D:
+        skip = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    s = tl.zeros((C,), tl.float32)
+    reach = tl.zeros((C,), tl.float32)
+    dA = tl.zeros((C,), tl.float32)
+    dbias = tl.zeros((C,), tl.float32)
+    dskip = tl.zeros((C,), tl.float32)
+    steps_of_tile = tl.arange(0, T)
+    first_row = (tl.arange(0, 16) == 0)[:, None]
+    columns = tl.zeros((16, 1), tl.int32)
+    if N == 1:
+        A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+        if not SUMMARY:
+            s = tl.load(ends_ptr, mask=mask, other=0.0)
+
+    us = load_tile(u_ptr, (i1 - 1) * T, L, mask, ALIGNED, C, T, V)
+    raws = load_tile(delta_ptr, (i1 - 1) * T, L, mask, ALIGNED, C, T, V)
+    dys = load_tile(dy_ptr, (i1 - 1) * T, L, mask, ALIGNED, C, T, V)
+    for back in range(0, i1 - i0):
+        i = i1 - 1 - back
+        t0 = i * T
+        if N == 1:
+            Bs = load_line(B_ptr + line, t0, L, ALIGNED, T, V)
+            Cs = load_line(C_ptr + line, t0, L, ALIGNED, T, V)
+        before = tl.maximum(i - 1, 0) * T
+        next_us = load_tile(u_ptr, before, L, mask, ALIGNED, C, T, V)
+        next_raws = load_tile(delta_ptr, before, L, mask, ALIGNED, C, T, V)
+        next_dys = load_tile(dy_ptr, before, L, mask, ALIGNED, C, T, V)
+
+        # Behind the end Δ = 0 and dy = 0: nothing comes from there, and an adjoint passes through.
+        wide_us = unpack(us, C, T, V)
+        wide_raws = unpack(raws, C, T, V)
+        wide_dys = unpack(dys, C, T, V)
+        if HAS_Z:
+            zs = unpack(load_tile(z_ptr, t0, L, mask, ALIGNED, C, T, V), C, T, V)
+            gated = ()
+            for t in tl.static_range(T):
+                gated = gated + (wide_dys[t] * zs[t] * tl.sigmoid(zs[t]),)
+            from_y = wide_dys
+            wide_dys = gated
+        steps = ()
+        inputs = ()
+        ys = ()
+        dinputs = ()
+        dsteps = ()
+        for t in tl.static_range(T):
+            step = wide_raws[t] + bias
+            if SOFTPLUS:
+                step = softplus(step, EXACT)
+            step = tl.where(t < L - t0, step, 0.0)
+            steps = steps + (step,)
+            inputs = inputs + (step * wide_us[t],)
+            ys = ys + (skip * wide_us[t],)
+            dinputs = dinputs + (tl.zeros((C,), tl.float32),)
+            dsteps = dsteps + (tl.zeros((C,), tl.float32),)
+            reach += step
+            dskip += wide_dys[t] * wide_us[t]
+        t = t0 + steps_of_tile
+        to = part + columns + t[None, :]
+        to_mask = first_row & (t < L)[None, :]
+        if N == 1:
+            h = tl.load(saved_ptr + (i - 1) * channels, mask=in_group < tl.where(i > 0, D, 0), other=0.0)
+            s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, T
+            )
+            dA += dA_tile
+            if not SUMMARY:
+                tl.store(dB_ptr + to, sum_channels(into_B, C, T, EXACT), mask=to_mask)
+                tl.store(dC_ptr + to, sum_channels(into_C, C, T, EXACT), mask=to_mask)
+        else:
+            for n in range(0, N):
+                A2 = tl.load(A_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+                state = saved_ptr + ((i - 1) * N + n) * channels
+                h = tl.load(state, mask=in_group < tl.where(i > 0, D, 0), other=0.0)
+                s = tl.load(ends_ptr + n * channels, mask=mask, other=0.0)
+                if SUMMARY:
+                    s = tl.where(back > 0, s, 0.0)
+                Bs = load_line(B_ptr + line + n * L, t0, L, ALIGNED, T, V)
+                Cs = load_line(C_ptr + line + n * L, t0, L, ALIGNED, T, V)
+                s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, T
+                )
+                tl.store(ends_ptr + n * channels, s, mask=mask)
+                if not SUMMARY:
+                    dA_tile += tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
+                    tl.store(dA_ptr + n * channels, dA_tile, mask=mask)
+                    tl.store(dB_ptr + n * L + to, sum_channels(into_B, C, T, EXACT), mask=to_mask)
+                    tl.store(dC_ptr + n * L + to, sum_channels(into_C, C, T, EXACT), mask=to_mask)
+        if not SUMMARY:
+            dus = ()
+            draws = ()
+            dzs = ()
+            for t in tl.static_range(T):
+                dus = dus + (steps[t] * dinputs[t] + skip * wide_dys[t],)
+                draw = wide_us[t] * dinputs[t] + dsteps[t]
+                if SOFTPLUS:
+                    draw *= sigmoid(wide_raws[t] + bias, steps[t])
+                draw = tl.where(t < L - t0, draw, 0.0)
+                dbias += draw
+                draws = draws + (draw,)
+                if HAS_Z:
+                    gate = tl.sigmoid(zs[t])
+                    dzs = dzs + (from_y[t] * ys[t] * gate * (1.0 + zs[t] * (1.0 - gate)),)
+            store_tile(du_ptr, t0, L, dus, mask, ALIGNED, C, T, V)
+            store_tile(ddelta_ptr, t0, L, draws, mask, ALIGNED, C, T, V)
+            if HAS_Z:
+                store_tile(dz_ptr, t0, L, dzs, mask, ALIGNED, C, T, V)
+        us = next_us
+        raws = next_raws
+        dys = next_dys
+    if SUMMARY:
+        tl.store(reach_ptr + row * channels + d, reach, mask=mask)
+        if N == 1:
+            tl.store(ends_ptr, s, mask=mask)
+    else:
+        tl.store(dbias_ptr + row * channels + d, dbias, mask=mask)
+        tl.store(dD_ptr + row * channels + d, dskip, mask=mask)
+        if N == 1:
+            tl.store(dA_ptr, dA, mask=mask)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `parallel.selective_scan`."""
+    u, delta, A, B, C, D, z, delta_bias = _contiguous(u, delta, A, B, C, D, z, delta_bias)
+    batch, channels, length = u.shape
+    d_state = A.shape[1]
+    with torch.cuda.device_of(u):
+        tiles = -(-length // STEPS)
+        chunks, starts, reach = _cut(u, B.shape[1], d_state)
+        y, last = torch.empty_like(u), u.new_empty(batch, channels, d_state, dtype=torch.float32)
+        saved = u.new_empty(batch, tiles - 1, d_state, channels, dtype=torch.float32)
+
+        def launch(summary: bool) -> None:
+            scan_1d_forward[_grid(u, B.shape[1], chunks)](
+                u,
+                delta,
+                A,
+                B,
+                C,
+                u if D is None else D,
+                u if z is None else z,
+                u if delta_bias is None else delta_bias,
+                y,
+                last,
+                saved,
+                starts,
+                reach,
+                *_sizes(u, B.shape[1], chunks),
+                **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+                CHUNKED=chunks.count > 1,
+                SUMMARY=summary,
+                num_warps=1,
+            )
+
+        if chunks.count > 1:
+            launch(summary=True)
+            _carry(chunks, starts, reach, A, None, reverse=False)
+        launch(summary=False)
+    return y, last, saved.flatten()
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    saved: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `parallel.selective_scan_backward`. Programs write their parts of sums side by side; torch adds them up."""
+    dy, u, delta, A, B, C, D, z, delta_bias = _contiguous(dy, u, delta, A, B, C, D, z, delta_bias)
+    (batch, channels, length), groups, d_state = u.shape, B.shape[1], A.shape[1]
+    blocks = triton.cdiv(channels // groups, CHANNELS)
+    with torch.cuda.device_of(u):
+        chunks, ends, reach = _cut(u, groups, d_state)
+        initial = None if dlast is None else dlast.float().mT.contiguous()
+        if chunks.count == 1:
+            ends = _zeros(u, batch, d_state, channels) if initial is None else initial
+        du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+        dB, dC = (torch.empty(blocks, *B.shape, dtype=torch.float32, device=u.device) for _ in range(2))
+        dA = _zeros(u, batch, chunks.count, d_state, channels)
+        dD, dbias = (torch.empty(batch, chunks.count, channels, dtype=torch.float32, device=u.device) for _ in range(2))
+
+        def launch(summary: bool) -> None:
+            scan_1d_backward[_grid(u, groups, chunks)](
+                dy,
+                u,
+                delta,
+                A,
+                B,
+                C,
+                u if D is None else D,
+                u if z is None else z,
+                u if delta_bias is None else delta_bias,
+                saved,
+                du,
+                ddelta,
+                dA,
+                dB,
+                dC,
+                dD,
+                du if dz is None else dz,
+                dbias,
+                ends,
+                reach,
+                *_sizes(u, groups, chunks),
+                **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+                SUMMARY=summary,
+                num_warps=1,
+            )
+
+        if chunks.count > 1:
+            launch(summary=True)
+            _carry(chunks, ends, reach, A, initial, reverse=True)
+        launch(summary=False)
+        return (
+            du,
+            ddelta,
+            dA.sum((0, 1)).mT.to(A.dtype),
+            dB.sum(0).to(B.dtype),
+            dC.sum(0).to(C.dtype),
+            None if D is None else dD.sum((0, 1)).to(D.dtype),
+            dz,
+            None if delta_bias is None else dbias.sum((0, 1)).to(delta_bias.dtype),
+        )
+
+
+def saved_numel_1d(shape: torch.Size, d_state: int) -> int:
+    """The number of states that `selective_scan` saves for u of shape (B, D, L): one a tile, but the last."""
+    batch, channels, length = shape
+    return batch * (-(-length // STEPS) - 1) * d_state * channels
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _grid(u: Tensor, groups: int, chunks: Chunks) -> tuple[int]:
+    return (u.shape[0] * groups * chunks.count * triton.cdiv(u.shape[1] // groups, CHANNELS),)
+
+
+def _cut(u: Tensor, groups: int, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
+    """The chunks, and where there are several the states with which they begin and their sums of Δ."""
+    batch, channels, length = u.shape
+    chunks = cut(*_grid(u, groups, Chunks(1, 0)), -(-length // STEPS), u.device)
+    if chunks.count == 1:
+        none = u.new_empty(0, dtype=torch.float32)
+        return chunks, none, none
+    values = torch.empty(batch, chunks.count, d_state, channels, dtype=torch.float32, device=u.device)
+    return chunks, values, torch.empty(batch, chunks.count, channels, dtype=torch.float32, device=u.device)
+
+
+def _carry(chunks: Chunks, values: Tensor, reach: Tensor, A: Tensor, initial: Tensor | None, reverse: bool) -> None:
+    batch, _, d_state, channels = values.shape
+    carry_chunks[(batch, triton.cdiv(channels, CHANNELS), d_state)](
+        values,
+        reach,
+        (A.float() * LOG2_E.value).mT.contiguous(),
+        values if initial is None else initial,
+        1,
+        chunks.count,
+        channels,
+        d_state,
+        C=CHANNELS,
+        HAS_INITIAL=initial is not None,
+        REVERSE=reverse,
+        num_warps=1,
+    )
+
+
+def _sizes(u: Tensor, groups: int, chunks: Chunks) -> tuple[int, ...]:
+    return u.shape[2], -(-u.shape[2] // STEPS), groups, chunks.count, chunks.tiles
+
+
+def _constants(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> dict[str, int | bool]:
+    return {
+        "D": u.shape[1] // B.shape[1],
+        "N": A.shape[1],
+        "C": CHANNELS,
+        "T": STEPS,
+        "V": VECTOR,
+        "HAS_D": D is not None,
+        "HAS_Z": z is not None,
+        "HAS_BIAS": delta_bias is not None,
+        "SOFTPLUS": delta_softplus,
+        "ALIGNED": u.shape[2] % VECTOR == 0,
+        "EXACT": torch.float32 in (u.dtype, delta.dtype, B.dtype, C.dtype),
+    }
+
+
+def _zeros(u: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device=u.device)
