@@ -27,19 +27,17 @@ from .triton_tiles import (
     walk_forward,
 )
 
-VECTOR = 8
-"""Steps read at once: 16 bytes of 16-bit values."""
+VECTORS = (8, 4)
+"""Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
 
-# A new length is a new value of these, and compiles nothing, but for the first one that VECTOR does not divide.
+# A new length is a new value of these, and compiles nothing but the first one of its kind: multiples of 8, of 4, others.
 _SIZES = ["L", "tiles", "groups", "chunks", "chunk_tiles"]
 
 
 @triton.jit
-def load_tile(row_ptr, t0, L, mask, ALIGNED: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+def load_tile(row_ptr, t0, L, mask, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     """T steps of C rows, as they lie in memory: a tuple of (C, V). Zeros behind the end."""
     found = ()
-    if ALIGNED:
-        L = tl.multiple_of(L, 8)
     for part in tl.static_range(T // V):
         t = t0 + part * V + tl.arange(0, V)
         found = found + (tl.load(row_ptr[:, None] + t[None, :], mask=mask[:, None] & (t < L)[None, :], other=0.0),)
@@ -58,10 +56,8 @@ def unpack(parts, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def store_tile(row_ptr, t0, L, columns, mask, ALIGNED: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+def store_tile(row_ptr, t0, L, columns, mask, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     """The inverse of `load_tile` and `unpack`."""
-    if ALIGNED:
-        L = tl.multiple_of(L, 8)
     for part in tl.static_range(T // V):
         chosen = ()
         for t in tl.static_range(V):
@@ -72,11 +68,9 @@ def store_tile(row_ptr, t0, L, columns, mask, ALIGNED: tl.constexpr, C: tl.const
 
 
 @triton.jit
-def load_line(line_ptr, t0, L, ALIGNED: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+def load_line(line_ptr, t0, L, T: tl.constexpr, V: tl.constexpr):
     """T steps of one row, as T vectors (1,). Zeros behind the end."""
     found = ()
-    if ALIGNED:
-        L = tl.multiple_of(L, 8)
     for part in tl.static_range(T // V):
         t = t0 + part * V + tl.arange(0, V)
         found = found + unstack(tl.load(line_ptr + t, mask=t < L, other=0.0), 1, V)
@@ -140,6 +134,8 @@ def scan_1d_forward(
     if i0 >= i1:
         return
 
+    if ALIGNED:
+        L = L // V * V  # as it is, but now the compiler knows, and reads V steps at once
     mask = in_group < D
     channels = groups.to(tl.int64) * D
     d = group * D + in_group
@@ -165,15 +161,15 @@ def scan_1d_forward(
         if CHUNKED and not SUMMARY:
             h = tl.load(starts_ptr, mask=mask, other=0.0)
 
-    us = load_tile(u_ptr, i0 * T, L, mask, ALIGNED, C, T, V)
-    raws = load_tile(delta_ptr, i0 * T, L, mask, ALIGNED, C, T, V)
+    us = load_tile(u_ptr, i0 * T, L, mask, C, T, V)
+    raws = load_tile(delta_ptr, i0 * T, L, mask, C, T, V)
     for i in range(i0, i1):
         t0 = i * T
         if N == 1:
-            Bs = load_line(B_ptr + line, t0, L, ALIGNED, T, V)
-            Cs = load_line(C_ptr + line, t0, L, ALIGNED, T, V)
-        next_us = load_tile(u_ptr, t0 + T, L, mask, ALIGNED, C, T, V)
-        next_raws = load_tile(delta_ptr, t0 + T, L, mask, ALIGNED, C, T, V)
+            Bs = load_line(B_ptr + line, t0, L, T, V)
+            Cs = load_line(C_ptr + line, t0, L, T, V)
+        next_us = load_tile(u_ptr, t0 + T, L, mask, C, T, V)
+        next_raws = load_tile(delta_ptr, t0 + T, L, mask, C, T, V)
 
         # Behind the end Δ = 0, which leaves the state as it is.
         wide_us = unpack(us, C, T, V)
@@ -204,8 +200,8 @@ def scan_1d_forward(
                     h = tl.load(before, mask=mask, other=0.0)
                 else:
                     h = tl.load(before, mask=in_group < tl.where(i > i0, D, 0), other=0.0)
-                Bs = load_line(B_ptr + line + n * L, t0, L, ALIGNED, T, V)
-                Cs = load_line(C_ptr + line + n * L, t0, L, ALIGNED, T, V)
+                Bs = load_line(B_ptr + line + n * L, t0, L, T, V)
+                Cs = load_line(C_ptr + line + n * L, t0, L, T, V)
                 ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                 if i + 1 < tiles:
                     tl.store(saved_ptr + (i * N + n) * channels, h, mask=mask)
@@ -216,12 +212,12 @@ def scan_1d_forward(
                     tl.store(last_ptr + (b * channels + d) * N + n, h, mask=mask)
         if not SUMMARY:
             if HAS_Z:
-                zs = unpack(load_tile(z_ptr, t0, L, mask, ALIGNED, C, T, V), C, T, V)
+                zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), C, T, V)
                 gated = ()
                 for t in tl.static_range(T):
                     gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
                 ys = gated
-            store_tile(y_ptr, t0, L, ys, mask, ALIGNED, C, T, V)
+            store_tile(y_ptr, t0, L, ys, mask, C, T, V)
         us = next_us
         raws = next_raws
     if SUMMARY:
@@ -293,6 +289,8 @@ def scan_1d_backward(
     if i0 >= i1:
         return
 
+    if ALIGNED:
+        L = L // V * V  # as it is, but now the compiler knows, and reads V steps at once
     mask = in_group < D
     channels = groups.to(tl.int64) * D
     d = group * D + in_group
@@ -324,33 +322,32 @@ def scan_1d_backward(
     dbias = tl.zeros((C,), tl.float32)
     dskip = tl.zeros((C,), tl.float32)
     steps_of_tile = tl.arange(0, T)
-    first_row = (tl.arange(0, 16) == 0)[:, None]
-    columns = tl.zeros((16, 1), tl.int32)
+    first_column = (tl.arange(0, 8) == 0)[None, :]
     if N == 1:
         A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
         if not SUMMARY:
             s = tl.load(ends_ptr, mask=mask, other=0.0)
 
-    us = load_tile(u_ptr, (i1 - 1) * T, L, mask, ALIGNED, C, T, V)
-    raws = load_tile(delta_ptr, (i1 - 1) * T, L, mask, ALIGNED, C, T, V)
-    dys = load_tile(dy_ptr, (i1 - 1) * T, L, mask, ALIGNED, C, T, V)
+    us = load_tile(u_ptr, (i1 - 1) * T, L, mask, C, T, V)
+    raws = load_tile(delta_ptr, (i1 - 1) * T, L, mask, C, T, V)
+    dys = load_tile(dy_ptr, (i1 - 1) * T, L, mask, C, T, V)
     for back in range(0, i1 - i0):
         i = i1 - 1 - back
         t0 = i * T
         if N == 1:
-            Bs = load_line(B_ptr + line, t0, L, ALIGNED, T, V)
-            Cs = load_line(C_ptr + line, t0, L, ALIGNED, T, V)
+            Bs = load_line(B_ptr + line, t0, L, T, V)
+            Cs = load_line(C_ptr + line, t0, L, T, V)
         before = tl.maximum(i - 1, 0) * T
-        next_us = load_tile(u_ptr, before, L, mask, ALIGNED, C, T, V)
-        next_raws = load_tile(delta_ptr, before, L, mask, ALIGNED, C, T, V)
-        next_dys = load_tile(dy_ptr, before, L, mask, ALIGNED, C, T, V)
+        next_us = load_tile(u_ptr, before, L, mask, C, T, V)
+        next_raws = load_tile(delta_ptr, before, L, mask, C, T, V)
+        next_dys = load_tile(dy_ptr, before, L, mask, C, T, V)
 
         # Behind the end Δ = 0 and dy = 0: nothing comes from there, and an adjoint passes through.
         wide_us = unpack(us, C, T, V)
         wide_raws = unpack(raws, C, T, V)
         wide_dys = unpack(dys, C, T, V)
         if HAS_Z:
-            zs = unpack(load_tile(z_ptr, t0, L, mask, ALIGNED, C, T, V), C, T, V)
+            zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), C, T, V)
             gated = ()
             for t in tl.static_range(T):
                 gated = gated + (wide_dys[t] * zs[t] * tl.sigmoid(zs[t]),)
@@ -374,8 +371,8 @@ def scan_1d_backward(
             reach += step
             dskip += wide_dys[t] * wide_us[t]
         t = t0 + steps_of_tile
-        to = part + columns + t[None, :]
-        to_mask = first_row & (t < L)[None, :]
+        to = part + t[:, None] + tl.zeros((1, 8), tl.int32)
+        to_mask = first_column & (t < L)[:, None]
         if N == 1:
             h = tl.load(saved_ptr + (i - 1) * channels, mask=in_group < tl.where(i > 0, D, 0), other=0.0)
             s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
@@ -393,8 +390,8 @@ def scan_1d_backward(
                 s = tl.load(ends_ptr + n * channels, mask=mask, other=0.0)
                 if SUMMARY:
                     s = tl.where(back > 0, s, 0.0)
-                Bs = load_line(B_ptr + line + n * L, t0, L, ALIGNED, T, V)
-                Cs = load_line(C_ptr + line + n * L, t0, L, ALIGNED, T, V)
+                Bs = load_line(B_ptr + line + n * L, t0, L, T, V)
+                Cs = load_line(C_ptr + line + n * L, t0, L, T, V)
                 s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
                     steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, T
                 )
@@ -419,10 +416,10 @@ def scan_1d_backward(
                 if HAS_Z:
                     gate = tl.sigmoid(zs[t])
                     dzs = dzs + (from_y[t] * ys[t] * gate * (1.0 + zs[t] * (1.0 - gate)),)
-            store_tile(du_ptr, t0, L, dus, mask, ALIGNED, C, T, V)
-            store_tile(ddelta_ptr, t0, L, draws, mask, ALIGNED, C, T, V)
+            store_tile(du_ptr, t0, L, dus, mask, C, T, V)
+            store_tile(ddelta_ptr, t0, L, draws, mask, C, T, V)
             if HAS_Z:
-                store_tile(dz_ptr, t0, L, dzs, mask, ALIGNED, C, T, V)
+                store_tile(dz_ptr, t0, L, dzs, mask, C, T, V)
         us = next_us
         raws = next_raws
         dys = next_dys
@@ -617,17 +614,18 @@ def _constants(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> dict[str, int | bool]:
+    vector = next((v for v in VECTORS if u.shape[2] % v == 0), VECTORS[0])
     return {
         "D": u.shape[1] // B.shape[1],
         "N": A.shape[1],
         "C": CHANNELS,
         "T": STEPS,
-        "V": VECTOR,
+        "V": vector,
         "HAS_D": D is not None,
         "HAS_Z": z is not None,
         "HAS_BIAS": delta_bias is not None,
         "SOFTPLUS": delta_softplus,
-        "ALIGNED": u.shape[2] % VECTOR == 0,
+        "ALIGNED": u.shape[2] % vector == 0,
         "EXACT": torch.float32 in (u.dtype, delta.dtype, B.dtype, C.dtype),
     }
 

@@ -1,9 +1,10 @@
 """The 2-D operator in Triton: routes walked in place on a channels-last map, delta made from its low-rank form.
 
-A program is a block of channels, one sequence of routes (or a chunk of it) and one image. It walks tiles of T steps;
-a table says at which position of the map each step lies, so that a route is known here by its table alone. While a
-tile is computed, the next one's loads are under way, and the matrix product that makes its delta is the last thing
-done before it is needed.
+A program is a block of channels, one sequence of routes (or a chunk of it) and one image. It walks tiles of T steps.
+Where on the map a step lies is index arithmetic on its number, done once for a map size by `routes.route_order` and kept
+in a table of 4 bytes a step, so a kernel knows no kinds of routes, divides nothing, and walks seams between the routes
+of a sequence without noticing them. While a tile is computed, the next one's loads are under way, and the matrix
+product that makes its delta is the last thing done before it is needed.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .routes import ROUTES, route_order, sequences
+from .routes import route_order, sequences
 from .triton_tiles import (
     CHANNELS,
     LOG2_E,
@@ -23,6 +24,7 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
+    inside,
     load_steps,
     sigmoid,
     softplus,
@@ -34,8 +36,7 @@ from .triton_tiles import (
 )
 
 # A new image size is a new value of these, and must compile nothing.
-_SIZES = ["L", "tiles", "slots", "routes", "sequences", "chunks", "chunk_tiles"]
-
+_SIZES = ["L", "slots", "routes", "sequences", "chunks", "chunk_tiles"]
 
 # The interpreter multiplies bf16 matrices wrongly.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -73,18 +74,25 @@ def load_weight(at, mask, like):
 
 
 @triton.jit
-def load_low(p_ptr, order_ptr, stride: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr):
+def load_low(p_ptr, positions_ptr, stride: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr):
     """The low-rank form of a tile's delta, (T, RP)."""
-    place = tl.load(order_ptr + tl.arange(0, T)).to(tl.int64)
+    at = tl.load(positions_ptr + tl.arange(0, T)).to(tl.int64)
     r = tl.arange(0, RP)
-    return tl.load(p_ptr + place[:, None] * stride + r[None, :], mask=(r < R)[None, :], other=0.0)
+    return tl.load(p_ptr + at[:, None] * stride + r[None, :], mask=(r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(table_ptr, T: tl.constexpr):
+    """A tile of a table, as a tuple of T vectors (1,)."""
+    return unstack(tl.load(table_ptr + tl.arange(0, T)), 1, T)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def scan_2d_forward(
     x_ptr,
     p_ptr,
-    order_ptr,
+    positions_ptr,
+    places_ptr,
     plan_ptr,
     weight_ptr,
     bias_ptr,
@@ -95,7 +103,6 @@ def scan_2d_forward(
     starts_ptr,
     reach_ptr,
     L,
-    tiles,
     slots,
     routes,
     sequences,
@@ -117,8 +124,9 @@ def scan_2d_forward(
     Args:
         x_ptr: (B, L, D).
         p_ptr: (B, L, S, R + 2N), the columns [dt_low, B, C].
-        order_ptr: positions on the map, (routes, tiles * T), the last one repeated up to the tile's end.
-        plan_ptr: first route, number of routes, weight set of each sequence, (sequences, 3).
+        positions_ptr: on the map, of each step of each sequence, the last one repeated up to the end of its tile.
+        places_ptr: the same in (routes, L), where outputs and their gradients lie.
+        plan_ptr: first tile, number of steps, weight set of each sequence, (sequences, 3).
         weight_ptr, bias_ptr, A_log_ptr, skip_ptr: (S, D, R), (S, D), (S, D, N), (S, D).
         y_ptr: (B, routes, L, D).
         saved_ptr: states after each tile of a sequence but its last, (B, slots, N, D).
@@ -134,9 +142,10 @@ def scan_2d_forward(
     chunk = row % chunks
     sequence = row // chunks % sequences
     b = (row // chunks // sequences).to(tl.int64)
-    first_route = tl.load(plan_ptr + 3 * sequence)
-    end = tl.load(plan_ptr + 3 * sequence + 1) * tiles
+    first_tile = tl.load(plan_ptr + 3 * sequence)
+    length = tl.load(plan_ptr + 3 * sequence + 1)
     weights = tl.load(plan_ptr + 3 * sequence + 2)
+    end = (length + T - 1) // T
     i0 = chunk * chunk_tiles
     i1 = tl.minimum(i0 + chunk_tiles, end)
     if i0 >= end:
@@ -145,12 +154,12 @@ def scan_2d_forward(
     mask = d < D
     one = tl.arange(0, 1)
     r = tl.arange(0, RP)
-    steps_of_tile = tl.arange(0, T)
     x_ptr += b * L * D + d
     p_ptr += b * L * (S * W) + weights * W
-    y_ptr += (b * routes + first_route) * L * D + d
-    order_ptr += first_route * tiles * T
-    saved_ptr += (b * slots + first_route * tiles - sequence) * N * D + d
+    y_ptr += b * routes * L * D + d
+    positions_ptr += first_tile * T
+    places_ptr += first_tile * T
+    saved_ptr += (b * slots + first_tile - sequence) * N * D + d
     starts_ptr += row.to(tl.int64) * N * D + d
     A_log_ptr += (weights * D + d) * N
     bias = tl.load(bias_ptr + weights * D + d, mask=mask, other=0.0).to(tl.float32)
@@ -167,30 +176,25 @@ def scan_2d_forward(
         if CHUNKED and not SUMMARY:
             h = tl.load(starts_ptr, mask=mask, other=0.0)
 
-    at = unstack(tl.load(order_ptr + i0 * T + steps_of_tile), 1, T)
+    at = load_tile(positions_ptr + i0 * T, T)
     xs = load_steps(x_ptr, at, D, mask, MASKED, T)
-    low = load_low(p_ptr, order_ptr + i0 * T, S * W, R, RP, T)
-    raws = project(low, w_hi, w_lo, bias, C, T)
-    tile = i0 % tiles
-    route = i0 // tiles
+    raws = project(load_low(p_ptr, positions_ptr + i0 * T, S * W, R, RP, T), w_hi, w_lo, bias, C, T)
     for i in range(i0, i1):
         # The next tile's loads; behind the last one, the last one's again.
-        following = order_ptr + tl.minimum(i + 1, i1 - 1) * T
-        next_at = unstack(tl.load(following + steps_of_tile), 1, T)
+        following = positions_ptr + tl.minimum(i + 1, i1 - 1) * T
+        next_at = load_tile(following, T)
         next_xs = load_steps(x_ptr, next_at, D, mask, MASKED, T)
         low = load_low(p_ptr, following, S * W, R, RP, T)
         if N == 1:
             Bs = load_steps(p_ptr + R + one, at, S * W, mask, False, T)
             Cs = load_steps(p_ptr + R + 1 + one, at, S * W, mask, False, T)
 
-        # A step behind the route's end repeats its last one with Δ = 0, which leaves the state as it is.
-        rest = L - tile * T
         steps = ()
         inputs = ()
         ys = ()
         for t in tl.static_range(T):
             x = xs[t].to(tl.float32)
-            step = tl.where(t < rest, softplus(raws[t], EXACT), 0.0)
+            step = softplus(raws[t], EXACT)
             steps = steps + (step,)
             inputs = inputs + (step * x,)
             ys = ys + (skip * x,)
@@ -218,19 +222,14 @@ def scan_2d_forward(
                     if i + 1 == i1:
                         tl.store(starts_ptr + n * D, h, mask=mask)
         if not SUMMARY:
+            places = load_tile(places_ptr + i * T, T)
             for t in tl.static_range(T):
+                # A step behind the sequence's end is none.
                 y = ys[t].to(y_ptr.dtype.element_ty)
-                if MASKED:
-                    tl.store(y_ptr + (route * L + at[t]).to(tl.int64) * D, y, mask=mask)
-                else:
-                    tl.store(y_ptr + (route * L + at[t]).to(tl.int64) * D, y)
+                tl.store(y_ptr + places[t].to(tl.int64) * D, y, mask=inside(t, length - i * T, mask, MASKED, C))
         raws = project(low, w_hi, w_lo, bias, C, T)
         xs = next_xs
         at = next_at
-        tile += 1
-        if tile == tiles:
-            tile = 0
-            route += 1
     if SUMMARY:
         tl.store(reach_ptr + row.to(tl.int64) * D + d, reach, mask=mask)
         if N == 1:
@@ -242,7 +241,8 @@ def scan_2d_backward(
     dy_ptr,
     x_ptr,
     p_ptr,
-    order_ptr,
+    positions_ptr,
+    places_ptr,
     plan_ptr,
     weight_ptr,
     bias_ptr,
@@ -258,7 +258,6 @@ def scan_2d_backward(
     ends_ptr,
     reach_ptr,
     L,
-    tiles,
     slots,
     routes,
     sequences,
@@ -280,7 +279,7 @@ def scan_2d_backward(
     Args, beyond those of `scan_2d_forward`:
         dy_ptr: (B, routes, L, D).
         dx_ptr: (B, routes, L, D).
-        dp_ptr: float32, (blocks of channels, B, L, routes, R + 2N), each block's part of a sum.
+        dp_ptr: float32, (blocks of channels, B, routes, L, R + 2N), each block's part of a sum.
         dweight_ptr, dbias_ptr, dA_ptr, dskip_ptr: (B, sequences, chunks, ...), float32: (D, R), (D,), (N, D), (D,),
             each program's part of a sum; dA is that of A, and holds zeros before where N > 1.
         ends_ptr: adjoints that reach chunks from behind, (B, sequences, chunks, N, D), zeros where none does; where
@@ -296,9 +295,10 @@ def scan_2d_backward(
     chunk = row % chunks
     sequence = row // chunks % sequences
     b = (row // chunks // sequences).to(tl.int64)
-    first_route = tl.load(plan_ptr + 3 * sequence)
-    end = tl.load(plan_ptr + 3 * sequence + 1) * tiles
+    first_tile = tl.load(plan_ptr + 3 * sequence)
+    length = tl.load(plan_ptr + 3 * sequence + 1)
     weights = tl.load(plan_ptr + 3 * sequence + 2)
+    end = (length + T - 1) // T
     i0 = chunk * chunk_tiles
     i1 = tl.minimum(i0 + chunk_tiles, end)
     if i0 >= end:
@@ -311,12 +311,13 @@ def scan_2d_backward(
     wide_row = row.to(tl.int64)
     x_ptr += b * L * D + d
     p_ptr += b * L * (S * W) + weights * W
-    dy_ptr += (b * routes + first_route) * L * D + d
-    dx_ptr += (b * routes + first_route) * L * D + d
-    rows_of_block = (block * (tl.num_programs(0) // BLOCKS // chunks // sequences) + b) * L
-    dp_ptr += (rows_of_block * routes + first_route) * W
-    order_ptr += first_route * tiles * T
-    saved_ptr += (b * slots + first_route * tiles - sequence) * N * D + d
+    dy_ptr += b * routes * L * D + d
+    dx_ptr += b * routes * L * D + d
+    batch = tl.num_programs(0) // BLOCKS // chunks // sequences
+    dp_ptr += (block * batch + b) * routes * L * W
+    positions_ptr += first_tile * T
+    places_ptr += first_tile * T
+    saved_ptr += (b * slots + first_tile - sequence) * N * D + d
     ends_ptr += wide_row * N * D + d
     dA_ptr += wide_row * N * D + d
     A_log_ptr += (weights * D + d) * N
@@ -341,33 +342,24 @@ def scan_2d_backward(
             s = tl.load(ends_ptr, mask=mask, other=0.0)
 
     last = i1 - 1
-    tile = last % tiles
-    route = last // tiles
-    at = unstack(tl.load(order_ptr + last * T + steps_of_tile), 1, T)
-    xs = load_steps(x_ptr, at, D, mask, MASKED, T)
-    dys = load_steps(dy_ptr + route.to(tl.int64) * L * D, at, D, mask, MASKED, T)
-    low = load_low(p_ptr, order_ptr + last * T, S * W, R, RP, T)
+    xs = load_steps(x_ptr, load_tile(positions_ptr + last * T, T), D, mask, MASKED, T)
+    dys = load_steps(dy_ptr, load_tile(places_ptr + last * T, T), D, mask, MASKED, T)
+    low = load_low(p_ptr, positions_ptr + last * T, S * W, R, RP, T)
     raws = project(low, w_hi, w_lo, bias, C, T)
     for back in range(0, i1 - i0):
         i = last - back
         # The next loads, those of the tile before; before the first one, the first one's again.
-        following = order_ptr + tl.maximum(i - 1, i0) * T
-        next_tile = tile - 1
-        next_route = route
-        if next_tile < 0:
-            next_tile = tiles - 1
-            next_route = route - 1
-        next_at = unstack(tl.load(following + steps_of_tile), 1, T)
-        next_xs = load_steps(x_ptr, next_at, D, mask, MASKED, T)
-        next_dys = load_steps(dy_ptr + tl.maximum(next_route, 0).to(tl.int64) * L * D, next_at, D, mask, MASKED, T)
-        next_low = load_low(p_ptr, following, S * W, R, RP, T)
-        at = unstack(tl.load(order_ptr + i * T + steps_of_tile), 1, T)
+        following = tl.maximum(i - 1, i0) * T
+        next_xs = load_steps(x_ptr, load_tile(positions_ptr + following, T), D, mask, MASKED, T)
+        next_dys = load_steps(dy_ptr, load_tile(places_ptr + following, T), D, mask, MASKED, T)
+        next_low = load_low(p_ptr, positions_ptr + following, S * W, R, RP, T)
+        at = load_tile(positions_ptr + i * T, T)
         if N == 1:
             Bs = load_steps(p_ptr + R + one, at, S * W, mask, False, T)
             Cs = load_steps(p_ptr + R + 1 + one, at, S * W, mask, False, T)
 
-        # A step behind the route's end has Δ = 0 and dy = 0: nothing comes from it, and adjoints pass through.
-        rest = L - tile * T
+        # A step behind the sequence's end has dy = 0, so that nothing comes from it.
+        rest = length - i * T
         wide_dys = ()
         steps = ()
         inputs = ()
@@ -375,8 +367,8 @@ def scan_2d_backward(
         dsteps = ()
         for t in tl.static_range(T):
             x = xs[t].to(tl.float32)
-            dy = tl.where(t < rest, dys[t].to(tl.float32), 0.0)
-            step = tl.where(t < rest, softplus(raws[t], EXACT), 0.0)
+            dy = tl.where(inside(t, rest, mask, MASKED, C), dys[t].to(tl.float32), 0.0)
+            step = softplus(raws[t], EXACT)
             wide_dys = wide_dys + (dy,)
             steps = steps + (step,)
             inputs = inputs + (step * x,)
@@ -384,11 +376,10 @@ def scan_2d_backward(
             dsteps = dsteps + (tl.zeros((C,), tl.float32),)
             reach += step
             dskip += dy * x
-        place = tl.load(order_ptr + i * T + steps_of_tile).to(tl.int64)
-        dp_rows = dp_ptr + (place * routes + route) * W
+        dp_rows = dp_ptr + tl.load(places_ptr + i * T + steps_of_tile).to(tl.int64) * W
         in_route = steps_of_tile < rest
-        first_row = (tl.arange(0, 16) == 0)[:, None] & in_route[None, :]
-        dp_columns = dp_rows[None, :] + tl.arange(0, 16)[:, None]
+        dp_column = dp_rows[:, None] + tl.zeros((1, 8), tl.int32)
+        first_column = in_route[:, None] & (tl.arange(0, 8) == 0)[None, :]
         if N == 1:
             h = tl.load(saved_ptr + (i - 1) * D, mask=d < tl.where(i > 0, D, 0), other=0.0)
             s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
@@ -396,8 +387,8 @@ def scan_2d_backward(
             )
             dA += dA_tile
             if not SUMMARY:
-                tl.store(dp_columns + R, sum_channels(into_B, C, T, EXACT), mask=first_row)
-                tl.store(dp_columns + R + 1, sum_channels(into_C, C, T, EXACT), mask=first_row)
+                tl.store(dp_column + R, sum_channels(into_B, C, T, EXACT), mask=first_column)
+                tl.store(dp_column + R + 1, sum_channels(into_C, C, T, EXACT), mask=first_column)
         else:
             for n in range(0, N):
                 A2 = -tl.exp2(tl.load(A_log_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
@@ -414,19 +405,19 @@ def scan_2d_backward(
                 if not SUMMARY:
                     dA_tile += tl.load(dA_ptr + n * D, mask=mask, other=0.0)
                     tl.store(dA_ptr + n * D, dA_tile, mask=mask)
-                    tl.store(dp_columns + R + n, sum_channels(into_B, C, T, EXACT), mask=first_row)
-                    tl.store(dp_columns + R + N + n, sum_channels(into_C, C, T, EXACT), mask=first_row)
+                    tl.store(dp_column + R + n, sum_channels(into_B, C, T, EXACT), mask=first_column)
+                    tl.store(dp_column + R + N + n, sum_channels(into_C, C, T, EXACT), mask=first_column)
         if not SUMMARY:
             into_raw = ()
+            places = load_tile(places_ptr + i * T, T)
             for t in tl.static_range(T):
                 x = xs[t].to(tl.float32)
                 dx = steps[t] * dinputs[t] + skip * wide_dys[t]
                 draw = (x * dinputs[t] + dsteps[t]) * sigmoid(raws[t], steps[t])
-                draw = tl.where(t < rest, draw, 0.0)
                 dbias += draw
                 into_raw = into_raw + (draw,)
-                to = dx_ptr + (route * L + at[t]).to(tl.int64) * D
-                tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=d < tl.where(t < rest, D, 0))
+                to = dx_ptr + places[t].to(tl.int64) * D
+                tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside(t, rest, mask, MASKED, C))
             draws = stack(into_raw, C, T)
             dlow = tl.dot(draws.trans(), weight, input_precision=precision)
             tl.store(dp_rows[:, None] + r[None, :], dlow, mask=in_route[:, None] & (r < R)[None, :])
@@ -435,8 +426,6 @@ def scan_2d_backward(
         low = next_low
         xs = next_xs
         dys = next_dys
-        tile = next_tile
-        route = next_route
     if SUMMARY:
         tl.store(reach_ptr + wide_row * D + d, reach, mask=mask)
         if N == 1:
@@ -454,19 +443,18 @@ class Plan(NamedTuple):
     """How a map's routes are walked.
 
     Attributes:
-        order: the position on the map of each step, (routes, tiles * STEPS); the last one is repeated up to the end of
-            its tile.
-        sequences: first route, number of routes and weight set of each sequence, (Q, 3).
-        count: Q.
-        longest: routes of the longest sequence.
-        tiles: of a route.
+        positions: on the map, of each step of each sequence; the last one is repeated up to the end of its tile.
+        places: the same in (routes, H * W).
+        sequences: first tile, number of steps and weight set of each sequence, (Q, 3).
+        sets: the weight set of each sequence.
+        tiles: of each sequence.
     """
 
-    order: Tensor
+    positions: Tensor
+    places: Tensor
     sequences: Tensor
-    count: int
-    longest: int
-    tiles: int
+    sets: tuple[int, ...]
+    tiles: tuple[int, ...]
 
 
 def selective_scan_2d(
@@ -489,14 +477,14 @@ def selective_scan_2d(
         out = x.new_empty(batch, len(routes), height, width, channels)
         saved = x.new_empty(saved_numel_2d(x.shape, d_state, routes, carry_state), dtype=torch.float32)
         chunks, starts, reach = _cut(plan, x, d_state)
-        walked = [routes[first][1] for first, *_ in _sequences(tuple(routes), carry_state)]
 
         def launch(summary: bool) -> None:
-            grid = (batch * plan.count * chunks.count * triton.cdiv(channels, CHANNELS),)
+            grid = (batch * len(plan.sets) * chunks.count * triton.cdiv(channels, CHANNELS),)
             scan_2d_forward[grid](
                 tensors[0],
                 tensors[1],
-                plan.order,
+                plan.positions,
+                plan.places,
                 plan.sequences,
                 *tensors[2:],
                 out,
@@ -512,7 +500,7 @@ def selective_scan_2d(
 
         if chunks.count > 1:
             launch(summary=True)
-            _carry(plan, chunks, starts, reach, A_log, walked, reverse=False)
+            _carry(plan, chunks, starts, reach, A_log, reverse=False)
         launch(summary=False)
     return out, saved
 
@@ -539,27 +527,27 @@ def selective_scan_2d_backward(
     with torch.cuda.device_of(x):
         plan = _plan(tuple(routes), carry_state, height, width, x.device)
         chunks, ends, reach = _cut(plan, x, d_state)
-        walked = [routes[first][1] for first, *_ in _sequences(tuple(routes), carry_state)]
         if d_state > 1:
-            ends = _zeros(x, batch, plan.count, chunks.count, d_state, channels)
+            ends = _zeros(x, batch, len(plan.sets), chunks.count, d_state, channels)
 
         def parts(*shape: int) -> Tensor:
             # A sequence shorter than the longest leaves its last chunks out.
             fill = torch.zeros if chunks.count > 1 else torch.empty
-            return fill(batch, plan.count, chunks.count, *shape, dtype=torch.float32, device=x.device)
+            return fill(batch, len(plan.sets), chunks.count, *shape, dtype=torch.float32, device=x.device)
 
         dx = torch.empty(batch, count, height, width, channels, device=x.device, dtype=_part_dtype(x, count))
-        dp = torch.empty(blocks, batch, height, width, count, x_dbl.shape[-1], dtype=torch.float32, device=x.device)
+        dp = torch.empty(blocks, batch, count, height, width, x_dbl.shape[-1], dtype=torch.float32, device=x.device)
         dweight, dbias, dskip = parts(channels, rank), parts(channels), parts(channels)
         dA = parts(d_state, channels) if d_state == 1 else _zeros(x, *ends.shape)
 
         def launch(summary: bool) -> None:
-            grid = (batch * plan.count * chunks.count * blocks,)
+            grid = (batch * len(plan.sets) * chunks.count * blocks,)
             scan_2d_backward[grid](
                 dy.contiguous(),
                 x,
                 x_dbl,
-                plan.order,
+                plan.positions,
+                plan.places,
                 plan.sequences,
                 dt_weight,
                 dt_bias,
@@ -583,29 +571,26 @@ def selective_scan_2d_backward(
 
         if chunks.count > 1:
             launch(summary=True)
-            _carry(plan, chunks, ends, reach, A_log, walked, reverse=True)
+            _carry(plan, chunks, ends, reach, A_log, reverse=True)
         launch(summary=False)
         route_sets = [weight_set for _, weight_set in routes]
         return (
             dx[:, 0].to(x.dtype) if count == 1 else dx.sum(1).to(x.dtype),
-            _by_set(dp.sum(0), 3, route_sets, sets).to(x_dbl.dtype),
-            _by_set(dweight.sum((0, 2)), 0, walked, sets).to(dt_weight.dtype),
-            _by_set(dbias.sum((0, 2)), 0, walked, sets).to(dt_bias.dtype),
+            _by_set(dp.sum(0), 1, route_sets, sets).movedim(1, 3).to(x_dbl.dtype),
+            _by_set(dweight.sum((0, 2)), 0, plan.sets, sets).to(dt_weight.dtype),
+            _by_set(dbias.sum((0, 2)), 0, plan.sets, sets).to(dt_bias.dtype),
             # A = -exp(A_log), so dA/dA_log = A.
-            (_by_set(dA.sum((0, 2)), 0, walked, sets).mT * -A_log.float().exp()).to(A_log.dtype),
-            _by_set(dskip.sum((0, 2)), 0, walked, sets).to(D_skip.dtype),
+            (_by_set(dA.sum((0, 2)), 0, plan.sets, sets).mT * -A_log.float().exp()).to(A_log.dtype),
+            _by_set(dskip.sum((0, 2)), 0, plan.sets, sets).to(D_skip.dtype),
         )
 
 
 def saved_numel_2d(shape: Sequence[int], d_state: int, routes: Sequence[tuple[str, int]], carry_state: bool) -> int:
     """The number of states that `selective_scan_2d` saves for x of shape (B, H, W, D): one a tile, but the last."""
     batch, height, width, channels = shape
-    slots = len(routes) * -(-height * width // STEPS) - len(sequences(tuple(s for _, s in routes), carry_state))
+    walked = sequences(tuple(weight_set for _, weight_set in routes), carry_state)
+    slots = sum(-(-len(sequence) * height * width // STEPS) - 1 for sequence in walked)
     return batch * slots * d_state * channels
-
-
-def _sequences(routes: tuple[tuple[str, int], ...], carry_state: bool) -> list[tuple[int, ...]]:
-    return sequences(tuple(weight_set for _, weight_set in routes), carry_state)
 
 
 def _plan(
@@ -620,17 +605,26 @@ def _plan(
 def _make_plan(
     routes: tuple[tuple[str, int], ...], carry_state: bool, height: int, width: int, device: torch.device
 ) -> Plan:
-    tiles = -(-height * width // STEPS)
-    orders = torch.stack([route_order(name, height, width, device) for name, _ in routes]).int()
-    orders = torch.cat([orders, orders[:, -1:].expand(-1, tiles * STEPS - height * width)], dim=1)
-    walked = _sequences(routes, carry_state)
-    longest = max(map(len, walked))
-    facts = [[sequence[0], len(sequence), routes[sequence[0]][1]] for sequence in walked]
-    table = torch.empty(len(facts), 3, dtype=torch.int32, device=device)
+    length = height * width
+    order = [route_order(name, height, width, device) for name, _ in routes]
+    positions: list[Tensor] = []
+    places: list[Tensor] = []
+    facts: list[int] = []
+    sets, tiles = [], []
+    for sequence in sequences(tuple(weight_set for _, weight_set in routes), carry_state):
+        steps = len(sequence) * length
+        facts += [sum(tiles), steps, routes[sequence[0]][1]]
+        sets.append(routes[sequence[0]][1])
+        tiles.append(-(-steps // STEPS))
+        for table, own in (
+            (positions, [order[route] for route in sequence]),
+            (places, [route * length + order[route] for route in sequence]),
+        ):
+            table += [*own, own[-1][-1:].expand(tiles[-1] * STEPS - steps)]
+    table = torch.empty(len(facts), dtype=torch.int32, device=device)
     for number, fact in enumerate(facts):
-        for column, value in enumerate(fact):
-            table[number, column].fill_(value)
-    return Plan(orders.contiguous(), table, len(walked), longest, tiles)
+        table[number].fill_(fact)  # nothing is copied from the CPU, which a captured graph must not
+    return Plan(torch.cat(positions).int(), torch.cat(places).int(), table, tuple(sets), tuple(tiles))
 
 
 @lru_cache(maxsize=256)
@@ -639,32 +633,31 @@ def _kept_plan(
 ) -> Plan:
     # Made on the CPU, so that it is there, whichever stream asks for it next.
     plan = _make_plan(routes, carry_state, height, width, torch.device("cpu"))
-    return plan._replace(order=plan.order.to(device), sequences=plan.sequences.to(device))
+    there = (t.to(device) for t in (plan.positions, plan.places, plan.sequences))
+    return Plan(*there, plan.sets, plan.tiles)
 
 
 def _cut(plan: Plan, x: Tensor, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
     """The chunks, and where there are several the states with which they begin and their sums of Δ."""
     batch, channels = x.shape[0], x.shape[3]
-    chunks = cut(batch * plan.count * triton.cdiv(channels, CHANNELS), plan.longest * plan.tiles, x.device)
+    chunks = cut(batch * len(plan.sets) * triton.cdiv(channels, CHANNELS), max(plan.tiles), x.device)
     if chunks.count == 1:
         none = x.new_empty(0, dtype=torch.float32)
         return chunks, none, none
-    values = _zeros(x, batch, plan.count, chunks.count, d_state, channels)
-    return chunks, values, _zeros(x, batch, plan.count, chunks.count, channels)
+    values = _zeros(x, batch, len(plan.sets), chunks.count, d_state, channels)
+    return chunks, values, _zeros(x, batch, len(plan.sets), chunks.count, channels)
 
 
-def _carry(
-    plan: Plan, chunks: Chunks, values: Tensor, reach: Tensor, A_log: Tensor, sets: list[int], reverse: bool
-) -> None:
+def _carry(plan: Plan, chunks: Chunks, values: Tensor, reach: Tensor, A_log: Tensor, reverse: bool) -> None:
     batch, _, _, d_state, channels = values.shape
     A2 = (A_log.float().exp() * -LOG2_E.value).mT
-    grid = (batch * plan.count, triton.cdiv(channels, CHANNELS), d_state)
+    grid = (batch * len(plan.sets), triton.cdiv(channels, CHANNELS), d_state)
     carry_chunks[grid](
         values,
         reach,
-        torch.stack([A2[weight_set] for weight_set in sets]),
+        torch.stack([A2[weight_set] for weight_set in plan.sets]),
         values,
-        plan.count,
+        len(plan.sets),
         chunks.count,
         channels,
         d_state,
@@ -676,9 +669,8 @@ def _carry(
 
 
 def _sizes(plan: Plan, chunks: Chunks, x: Tensor, routes: int) -> tuple[int, ...]:
-    length = x.shape[1] * x.shape[2]
-    slots = routes * plan.tiles - plan.count
-    return length, plan.tiles, slots, routes, plan.count, chunks.count, chunks.tiles
+    slots = sum(plan.tiles) - len(plan.tiles)
+    return x.shape[1] * x.shape[2], slots, routes, len(plan.sets), chunks.count, chunks.tiles
 
 
 def _constants(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, d_state: int) -> dict[str, int | bool]:

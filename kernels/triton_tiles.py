@@ -149,9 +149,18 @@ def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, T: 
 
 @triton.jit
 def sum_channels(columns, C: tl.constexpr, T: tl.constexpr, EXACT: tl.constexpr):
-    """Sums over channels of T vectors (C,), as the first column of (16, T): the matrix units add faster than shuffles."""
-    ones = tl.full((16, C), 1.0, tl.float32)
-    return tl.dot(ones, stack(columns, C, T), input_precision="tf32x3" if EXACT else "tf32")
+    """Sums over channels of T vectors (C,), in each column of (T, 8): the matrix units add faster than shuffles."""
+    ones = tl.full((C, 8), 1.0, tl.float32)
+    return tl.dot(stack(columns, C, T).trans(), ones, input_precision="tf32x3" if EXACT else "tf32")
+
+
+@triton.jit
+def inside(t: tl.constexpr, rest, mask, MASKED: tl.constexpr, C: tl.constexpr):
+    """The mask of channels, all False where step t is not among the `rest` that are left."""
+    found = tl.full((C,), t, tl.int32) < rest
+    if MASKED:
+        found = found & mask
+    return found
 
 
 @triton.jit
