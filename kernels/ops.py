@@ -185,7 +185,7 @@ def _scan_1d(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    triton: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the last state and the states saved for the backward; `triton`: by its kernels, or in torch."""
     scan = _triton_1d() if triton else parallel
@@ -194,7 +194,7 @@ def _scan_1d(
 
 
 @_scan_1d.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton):
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
     dtype = state_dtype(u, delta, A, B, C)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
     if triton:
@@ -218,7 +218,7 @@ def _scan_1d_backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    triton: bool,
+    triton: bool = False,
 ) -> list[Tensor]:
     """Returns the gradients of u, delta, A, B, C, then of those of D, z, delta_bias that are given."""
     scan = _triton_1d() if triton else parallel
@@ -227,7 +227,7 @@ def _scan_1d_backward(
 
 
 @_scan_1d_backward.register_fake
-def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton):
+def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
     return [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
 
 
@@ -242,7 +242,7 @@ def _scan_2d(
     routes: Sequence[int],
     sets: Sequence[int],
     carry_state: bool,
-    triton: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns the routes on the map and the states saved for the backward; routes are numbers into `ROUTES`."""
     scan = _triton_2d() if triton else parallel
@@ -250,7 +250,7 @@ def _scan_2d(
 
 
 @_scan_2d.register_fake
-def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton):
+def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton=False):
     batch, height, width, channels = x.shape
     dtype = state_dtype(x, x_dbl, dt_weight, A_log)
     if triton:
@@ -274,7 +274,7 @@ def _scan_2d_backward(
     routes: Sequence[int],
     sets: Sequence[int],
     carry_state: bool,
-    triton: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, x_dbl, dt_weight, dt_bias, A_log and D_skip."""
     scan = _triton_2d() if triton else parallel
@@ -286,7 +286,7 @@ def _scan_2d_backward(
 
 
 @_scan_2d_backward.register_fake
-def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton):
+def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton=False):
     return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip))
 
 

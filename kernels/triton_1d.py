@@ -18,6 +18,7 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
+    multiprocessors,
     sigmoid,
     softplus,
     stack,
@@ -30,7 +31,7 @@ from .triton_tiles import (
 VECTORS = (8, 4)
 """Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
 
-# A new length is a new value of these, and compiles nothing but the first one of its kind: multiples of 8, of 4, others.
+# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of 8, of 4, another.
 _SIZES = ["L", "tiles", "groups", "chunks", "chunk_tiles"]
 
 
@@ -210,6 +211,7 @@ def scan_1d_forward(
                         tl.store(starts_ptr + n * channels, h, mask=mask)
                 elif i + 1 == tiles:
                     tl.store(last_ptr + (b * channels + d) * N + n, h, mask=mask)
+            tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             if HAS_Z:
                 zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), C, T, V)
@@ -401,6 +403,7 @@ def scan_1d_backward(
                     tl.store(dA_ptr + n * channels, dA_tile, mask=mask)
                     tl.store(dB_ptr + n * L + to, sum_channels(into_B, C, T, EXACT), mask=to_mask)
                     tl.store(dC_ptr + n * L + to, sum_channels(into_C, C, T, EXACT), mask=to_mask)
+            tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             dus = ()
             draws = ()
@@ -500,7 +503,8 @@ def selective_scan_backward(
 ) -> tuple[Tensor | None, ...]:
     """As `parallel.selective_scan_backward`. Programs write their parts of sums side by side; torch adds them up."""
     dy, u, delta, A, B, C, D, z, delta_bias = _contiguous(dy, u, delta, A, B, C, D, z, delta_bias)
-    (batch, channels, length), groups, d_state = u.shape, B.shape[1], A.shape[1]
+    batch, channels, _ = u.shape
+    groups, d_state = B.shape[1], A.shape[1]
     blocks = triton.cdiv(channels // groups, CHANNELS)
     with torch.cuda.device_of(u):
         chunks, ends, reach = _cut(u, groups, d_state)
@@ -573,7 +577,7 @@ def _grid(u: Tensor, groups: int, chunks: Chunks) -> tuple[int]:
 def _cut(u: Tensor, groups: int, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
     """The chunks, and where there are several the states with which they begin and their sums of Δ."""
     batch, channels, length = u.shape
-    chunks = cut(*_grid(u, groups, Chunks(1, 0)), -(-length // STEPS), u.device)
+    chunks = cut(*_grid(u, groups, Chunks(1, 0)), -(-length // STEPS), multiprocessors(u.device))
     if chunks.count == 1:
         none = u.new_empty(0, dtype=torch.float32)
         return chunks, none, none

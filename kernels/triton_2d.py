@@ -1,10 +1,10 @@
 """The 2-D operator in Triton: routes walked in place on a channels-last map, delta made from its low-rank form.
 
 A program is a block of channels, one sequence of routes (or a chunk of it) and one image. It walks tiles of T steps.
-Where on the map a step lies is index arithmetic on its number, done once for a map size by `routes.route_order` and kept
-in a table of 4 bytes a step, so a kernel knows no kinds of routes, divides nothing, and walks seams between the routes
-of a sequence without noticing them. While a tile is computed, the next one's loads are under way, and the matrix
-product that makes its delta is the last thing done before it is needed.
+Where on the map a step lies is index arithmetic on its number, done once for a map size by `routes.route_order` and
+kept in a table of 4 bytes a step. So a kernel knows no kinds of routes, divides nothing, and walks over the seams
+between the routes of a sequence without noticing them. While a tile is computed, the next one's loads are under way,
+and the matrix product that makes its delta is the last thing done before it is needed.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from .triton_tiles import (
     cut,
     inside,
     load_steps,
+    multiprocessors,
     sigmoid,
     softplus,
     stack,
@@ -221,6 +222,7 @@ def scan_2d_forward(
                 if SUMMARY:
                     if i + 1 == i1:
                         tl.store(starts_ptr + n * D, h, mask=mask)
+            tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             places = load_tile(places_ptr + i * T, T)
             for t in tl.static_range(T):
@@ -407,6 +409,7 @@ def scan_2d_backward(
                     tl.store(dA_ptr + n * D, dA_tile, mask=mask)
                     tl.store(dp_column + R + n, sum_channels(into_B, C, T, EXACT), mask=first_column)
                     tl.store(dp_column + R + N + n, sum_channels(into_C, C, T, EXACT), mask=first_column)
+            tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
             places = load_tile(places_ptr + i * T, T)
@@ -610,21 +613,20 @@ def _make_plan(
     positions: list[Tensor] = []
     places: list[Tensor] = []
     facts: list[int] = []
-    sets, tiles = [], []
-    for sequence in sequences(tuple(weight_set for _, weight_set in routes), carry_state):
+    tiles: list[int] = []
+    walked = sequences(tuple(weight_set for _, weight_set in routes), carry_state)
+    sets = tuple(routes[sequence[0]][1] for sequence in walked)
+    for sequence, weight_set in zip(walked, sets, strict=True):
         steps = len(sequence) * length
-        facts += [sum(tiles), steps, routes[sequence[0]][1]]
-        sets.append(routes[sequence[0]][1])
+        facts += [sum(tiles), steps, weight_set]
         tiles.append(-(-steps // STEPS))
-        for table, own in (
-            (positions, [order[route] for route in sequence]),
-            (places, [route * length + order[route] for route in sequence]),
-        ):
-            table += [*own, own[-1][-1:].expand(tiles[-1] * STEPS - steps)]
+        filling = tiles[-1] * STEPS - steps
+        positions += [*(order[route] for route in sequence), order[sequence[-1]][-1:].expand(filling)]
+        places += [*(route * length + order[route] for route in sequence), positions[-1] + sequence[-1] * length]
     table = torch.empty(len(facts), dtype=torch.int32, device=device)
     for number, fact in enumerate(facts):
         table[number].fill_(fact)  # nothing is copied from the CPU, which a captured graph must not
-    return Plan(torch.cat(positions).int(), torch.cat(places).int(), table, tuple(sets), tuple(tiles))
+    return Plan(torch.cat(positions).int(), torch.cat(places).int(), table, sets, tuple(tiles))
 
 
 @lru_cache(maxsize=256)
@@ -633,14 +635,15 @@ def _kept_plan(
 ) -> Plan:
     # Made on the CPU, so that it is there, whichever stream asks for it next.
     plan = _make_plan(routes, carry_state, height, width, torch.device("cpu"))
-    there = (t.to(device) for t in (plan.positions, plan.places, plan.sequences))
-    return Plan(*there, plan.sets, plan.tiles)
+    return plan._replace(
+        positions=plan.positions.to(device), places=plan.places.to(device), sequences=plan.sequences.to(device)
+    )
 
 
 def _cut(plan: Plan, x: Tensor, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
     """The chunks, and where there are several the states with which they begin and their sums of Δ."""
     batch, channels = x.shape[0], x.shape[3]
-    chunks = cut(batch * len(plan.sets) * triton.cdiv(channels, CHANNELS), max(plan.tiles), x.device)
+    chunks = cut(batch * len(plan.sets) * triton.cdiv(channels, CHANNELS), max(plan.tiles), multiprocessors(x.device))
     if chunks.count == 1:
         none = x.new_empty(0, dtype=torch.float32)
         return chunks, none, none

@@ -22,8 +22,8 @@ STEPS = 16
 CHANNELS = 32
 """Channels of a program: one a thread of its one warp."""
 
-WARPS_WANTED = 8
-"""Programs a multiprocessor should have, before sequences are cut into chunks to make more."""
+PROGRAMS_WANTED = 4
+"""Programs that a multiprocessor should have at least: where there are fewer, sequences are cut into chunks."""
 
 CHUNK_TILES = 4
 """Fewest tiles of a chunk."""
@@ -229,13 +229,12 @@ class Chunks(NamedTuple):
     tiles: int
 
 
-def cut(programs: int, tiles: int, device: torch.device) -> Chunks:
+def cut(programs: int, tiles: int, multiprocessors: int) -> Chunks:
     """Cuts sequences of so many tiles that so many programs would walk at once.
 
     A cut costs a second walk over all chunks, so it has to bring several times as many programs.
     """
-    wanted = WARPS_WANTED * _multiprocessors(device)
-    count = min(tiles // CHUNK_TILES, -(-wanted // programs))
+    count = min(tiles // CHUNK_TILES, -(-PROGRAMS_WANTED * multiprocessors // programs))
     if count < 3:
         return Chunks(1, tiles)
     each = -(-tiles // count)
@@ -243,5 +242,6 @@ def cut(programs: int, tiles: int, device: torch.device) -> Chunks:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from msv.kernels import selective_scan, selective_scan_2d
+from msv.kernels import ops, selective_scan, selective_scan_2d
 
 ONE_ROUTE = (("row", 0),)
 
@@ -82,12 +82,23 @@ def test_dtypes(make_1d, make_2d):
             selective_scan_2d(**{**arguments, name: arguments[name].long()}, routes=ONE_ROUTE, carry_state=True)
 
 
-def test_backends(make_1d, make_2d):
-    for scan in (
-        lambda backend: selective_scan(**make_1d(), backend=backend),
-        lambda backend: selective_scan_2d(**make_2d(), routes=ONE_ROUTE, carry_state=True, backend=backend),
-    ):
+def test_backends(monkeypatch, make_1d, make_2d):
+    def scan_1d(backend, dtype=torch.float32):
+        return selective_scan(**make_1d(dtype=dtype), backend=backend)
+
+    def scan_2d(backend, dtype=torch.float32):
+        return selective_scan_2d(**make_2d(dtype=dtype), routes=ONE_ROUTE, carry_state=True, backend=backend)
+
+    for scan in (scan_1d, scan_2d):
         with pytest.raises(ValueError, match="backend 'cuda' is unknown; expected one of auto, triton, parallel, ref"):
             scan("cuda")
-        with pytest.raises(ValueError, match=r"'triton' is not there yet.*use 'auto' or 'parallel'"):
+        monkeypatch.setattr(ops, "_HAS_TRITON", True)
+        monkeypatch.setattr(ops, "_INTERPRETED", True)
+        with pytest.raises(ValueError, match=r"'triton' keeps states in float32, but an input is float64; use 'auto'"):
+            scan("triton", torch.float64)
+        monkeypatch.setattr(ops, "_INTERPRETED", False)
+        with pytest.raises(ValueError, match=r"'triton' needs a GPU, .* on cpu; use 'auto' or .*TRITON_INTERPRET=1"):
+            scan("triton")
+        monkeypatch.setattr(ops, "_HAS_TRITON", False)
+        with pytest.raises(ValueError, match=r"'triton' needs the package triton.*install it, or use 'auto'"):
             scan("triton")
