@@ -24,7 +24,6 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
-    inside,
     load_steps,
     multiprocessors,
     sigmoid,
@@ -83,6 +82,27 @@ def load_low(p_ptr, positions_ptr, stride: tl.constexpr, R: tl.constexpr, RP: tl
 
 
 @triton.jit
+def load_rows(base, table_ptr, d, rest, D: tl.constexpr, T: tl.constexpr):
+    """A tile of a map, (T, C): channels d of the rows of `base` that a table names; zeros but for the first `rest`."""
+    t = tl.arange(0, T)
+    at = tl.load(table_ptr + t).to(tl.int64)
+    mask = (t < rest)[:, None] & (d < D)[None, :]
+    return tl.load(base + (at[:, None] * D + d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, table_ptr, d, columns, rest, D: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """Stores the first `rest` of T vectors (C,) where `load_rows` reads them."""
+    narrow = ()
+    for t in tl.static_range(T):
+        narrow = narrow + (columns[t].to(base.dtype.element_ty),)
+    t = tl.arange(0, T)
+    at = tl.load(table_ptr + t).to(tl.int64)
+    mask = (t < rest)[:, None] & (d < D)[None, :]
+    tl.store(base + (at[:, None] * D + d[None, :]), stack(narrow, C, T).trans(), mask=mask)
+
+
+@triton.jit
 def load_tile(table_ptr, T: tl.constexpr):
     """A tile of a table, as a tuple of T vectors (1,)."""
     return unstack(tl.load(table_ptr + tl.arange(0, T)), 1, T)
@@ -136,7 +156,6 @@ def scan_2d_forward(
     """
     BLOCKS: tl.constexpr = (D + C - 1) // C
     W: tl.constexpr = R + 2 * N
-    MASKED: tl.constexpr = D % C != 0
     pid = tl.program_id(0)
     d = pid % BLOCKS * C + tl.arange(0, C)
     row = pid // BLOCKS  # of (B, sequences, chunks)
@@ -155,9 +174,9 @@ def scan_2d_forward(
     mask = d < D
     one = tl.arange(0, 1)
     r = tl.arange(0, RP)
-    x_ptr += b * L * D + d
+    x_ptr += b * L * D
     p_ptr += b * L * (S * W) + weights * W
-    y_ptr += b * routes * L * D + d
+    y_ptr += b * routes * L * D
     positions_ptr += first_tile * T
     places_ptr += first_tile * T
     saved_ptr += (b * slots + first_tile - sequence) * N * D + d
@@ -178,18 +197,19 @@ def scan_2d_forward(
             h = tl.load(starts_ptr, mask=mask, other=0.0)
 
     at = load_tile(positions_ptr + i0 * T, T)
-    xs = load_steps(x_ptr, at, D, mask, MASKED, T)
+    x_tile = load_rows(x_ptr, positions_ptr + i0 * T, d, T, D, T)
     raws = project(load_low(p_ptr, positions_ptr + i0 * T, S * W, R, RP, T), w_hi, w_lo, bias, C, T)
     for i in range(i0, i1):
         # The next tile's loads; behind the last one, the last one's again.
         following = positions_ptr + tl.minimum(i + 1, i1 - 1) * T
         next_at = load_tile(following, T)
-        next_xs = load_steps(x_ptr, next_at, D, mask, MASKED, T)
+        next_x = load_rows(x_ptr, following, d, T, D, T)
         low = load_low(p_ptr, following, S * W, R, RP, T)
         if N == 1:
-            Bs = load_steps(p_ptr + R + one, at, S * W, mask, False, T)
-            Cs = load_steps(p_ptr + R + 1 + one, at, S * W, mask, False, T)
+            Bs = load_steps(p_ptr + R + one, at, S * W, T)
+            Cs = load_steps(p_ptr + R + 1 + one, at, S * W, T)
 
+        xs = unstack(x_tile.trans(), C, T)
         steps = ()
         inputs = ()
         ys = ()
@@ -214,8 +234,8 @@ def scan_2d_forward(
                     h = tl.load(before, mask=mask, other=0.0)
                 else:
                     h = tl.load(before, mask=d < tl.where(i > i0, D, 0), other=0.0)
-                Bs = load_steps(p_ptr + R + n + one, at, S * W, mask, False, T)
-                Cs = load_steps(p_ptr + R + N + n + one, at, S * W, mask, False, T)
+                Bs = load_steps(p_ptr + R + n + one, at, S * W, T)
+                Cs = load_steps(p_ptr + R + N + n + one, at, S * W, T)
                 ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                 if i + 1 < end:
                     tl.store(saved_ptr + (i * N + n) * D, h, mask=mask)
@@ -224,13 +244,9 @@ def scan_2d_forward(
                         tl.store(starts_ptr + n * D, h, mask=mask)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
-            places = load_tile(places_ptr + i * T, T)
-            for t in tl.static_range(T):
-                # A step behind the sequence's end is none.
-                y = ys[t].to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + places[t].to(tl.int64) * D, y, mask=inside(t, length - i * T, mask, MASKED, C))
+            store_rows(y_ptr, places_ptr + i * T, d, ys, length - i * T, D, C, T)
         raws = project(low, w_hi, w_lo, bias, C, T)
-        xs = next_xs
+        x_tile = next_x
         at = next_at
     if SUMMARY:
         tl.store(reach_ptr + row.to(tl.int64) * D + d, reach, mask=mask)
@@ -289,7 +305,6 @@ def scan_2d_backward(
     """
     BLOCKS: tl.constexpr = (D + C - 1) // C
     W: tl.constexpr = R + 2 * N
-    MASKED: tl.constexpr = D % C != 0
     pid = tl.program_id(0)
     block = pid % BLOCKS
     d = block * C + tl.arange(0, C)
@@ -311,10 +326,10 @@ def scan_2d_backward(
     r = tl.arange(0, RP)
     steps_of_tile = tl.arange(0, T)
     wide_row = row.to(tl.int64)
-    x_ptr += b * L * D + d
+    x_ptr += b * L * D
     p_ptr += b * L * (S * W) + weights * W
-    dy_ptr += b * routes * L * D + d
-    dx_ptr += b * routes * L * D + d
+    dy_ptr += b * routes * L * D
+    dx_ptr += b * routes * L * D
     batch = tl.num_programs(0) // BLOCKS // chunks // sequences
     dp_ptr += (block * batch + b) * routes * L * W
     positions_ptr += first_tile * T
@@ -344,24 +359,25 @@ def scan_2d_backward(
             s = tl.load(ends_ptr, mask=mask, other=0.0)
 
     last = i1 - 1
-    xs = load_steps(x_ptr, load_tile(positions_ptr + last * T, T), D, mask, MASKED, T)
-    dys = load_steps(dy_ptr, load_tile(places_ptr + last * T, T), D, mask, MASKED, T)
+    x_tile = load_rows(x_ptr, positions_ptr + last * T, d, T, D, T)
+    dy_tile = load_rows(dy_ptr, places_ptr + last * T, d, length - last * T, D, T)
     low = load_low(p_ptr, positions_ptr + last * T, S * W, R, RP, T)
     raws = project(low, w_hi, w_lo, bias, C, T)
     for back in range(0, i1 - i0):
         i = last - back
-        # The next loads, those of the tile before; before the first one, the first one's again.
+        # The next loads, those of the tile before; before the first one, the first one's again. Of all tiles only the
+        # sequence's last can have steps behind its end, and their dy = 0: nothing comes from them.
         following = tl.maximum(i - 1, i0) * T
-        next_xs = load_steps(x_ptr, load_tile(positions_ptr + following, T), D, mask, MASKED, T)
-        next_dys = load_steps(dy_ptr, load_tile(places_ptr + following, T), D, mask, MASKED, T)
+        next_x = load_rows(x_ptr, positions_ptr + following, d, T, D, T)
+        next_dy = load_rows(dy_ptr, places_ptr + following, d, T, D, T)
+        xs = unstack(x_tile.trans(), C, T)
+        dys = unstack(dy_tile.trans(), C, T)
         next_low = load_low(p_ptr, positions_ptr + following, S * W, R, RP, T)
         at = load_tile(positions_ptr + i * T, T)
         if N == 1:
-            Bs = load_steps(p_ptr + R + one, at, S * W, mask, False, T)
-            Cs = load_steps(p_ptr + R + 1 + one, at, S * W, mask, False, T)
+            Bs = load_steps(p_ptr + R + one, at, S * W, T)
+            Cs = load_steps(p_ptr + R + 1 + one, at, S * W, T)
 
-        # A step behind the sequence's end has dy = 0, so that nothing comes from it.
-        rest = length - i * T
         wide_dys = ()
         steps = ()
         inputs = ()
@@ -369,7 +385,7 @@ def scan_2d_backward(
         dsteps = ()
         for t in tl.static_range(T):
             x = xs[t].to(tl.float32)
-            dy = tl.where(inside(t, rest, mask, MASKED, C), dys[t].to(tl.float32), 0.0)
+            dy = dys[t].to(tl.float32)
             step = softplus(raws[t], EXACT)
             wide_dys = wide_dys + (dy,)
             steps = steps + (step,)
@@ -379,7 +395,7 @@ def scan_2d_backward(
             reach += step
             dskip += dy * x
         dp_rows = dp_ptr + tl.load(places_ptr + i * T + steps_of_tile).to(tl.int64) * W
-        in_route = steps_of_tile < rest
+        in_route = steps_of_tile < length - i * T
         dp_column = dp_rows[:, None] + tl.zeros((1, 8), tl.int32)
         first_column = in_route[:, None] & (tl.arange(0, 8) == 0)[None, :]
         if N == 1:
@@ -398,8 +414,8 @@ def scan_2d_backward(
                 s = tl.load(ends_ptr + n * D, mask=mask, other=0.0)
                 if SUMMARY:
                     s = tl.where(back > 0, s, 0.0)
-                Bs = load_steps(p_ptr + R + n + one, at, S * W, mask, False, T)
-                Cs = load_steps(p_ptr + R + N + n + one, at, S * W, mask, False, T)
+                Bs = load_steps(p_ptr + R + n + one, at, S * W, T)
+                Cs = load_steps(p_ptr + R + N + n + one, at, S * W, T)
                 s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
                     steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, T
                 )
@@ -412,23 +428,23 @@ def scan_2d_backward(
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
-            places = load_tile(places_ptr + i * T, T)
+            dxs = ()
             for t in tl.static_range(T):
                 x = xs[t].to(tl.float32)
                 dx = steps[t] * dinputs[t] + skip * wide_dys[t]
                 draw = (x * dinputs[t] + dsteps[t]) * sigmoid(raws[t], steps[t])
                 dbias += draw
                 into_raw = into_raw + (draw,)
-                to = dx_ptr + places[t].to(tl.int64) * D
-                tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside(t, rest, mask, MASKED, C))
+                dxs = dxs + (dx,)
+            store_rows(dx_ptr, places_ptr + i * T, d, dxs, length - i * T, D, C, T)
             draws = stack(into_raw, C, T)
             dlow = tl.dot(draws.trans(), weight, input_precision=precision)
             tl.store(dp_rows[:, None] + r[None, :], dlow, mask=in_route[:, None] & (r < R)[None, :])
             dweight = tl.dot(draws, low.to(tl.float32), dweight, input_precision=precision)
         raws = project(next_low, w_hi, w_lo, bias, C, T)
         low = next_low
-        xs = next_xs
-        dys = next_dys
+        x_tile = next_x
+        dy_tile = next_dy
     if SUMMARY:
         tl.store(reach_ptr + wide_row * D + d, reach, mask=mask)
         if N == 1:

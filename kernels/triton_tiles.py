@@ -155,24 +155,11 @@ def sum_channels(columns, C: tl.constexpr, T: tl.constexpr, EXACT: tl.constexpr)
 
 
 @triton.jit
-def inside(t: tl.constexpr, rest, mask, MASKED: tl.constexpr, C: tl.constexpr):
-    """The mask of channels, all False where step t is not among the `rest` that are left."""
-    found = tl.full((C,), t, tl.int32) < rest
-    if MASKED:
-        found = found & mask
-    return found
-
-
-@triton.jit
-def load_steps(base, positions, stride: tl.constexpr, mask, MASKED: tl.constexpr, T: tl.constexpr):
+def load_steps(base, positions, stride: tl.constexpr, T: tl.constexpr):
     """A tuple of what lies at base + position * stride, position after position."""
     found = ()
     for t in tl.static_range(T):
-        at = base + positions[t].to(tl.int64) * stride
-        if MASKED:
-            found = found + (tl.load(at, mask=mask, other=0.0),)
-        else:
-            found = found + (tl.load(at),)
+        found = found + (tl.load(base + positions[t].to(tl.int64) * stride),)
     return found
 
 
