@@ -12,8 +12,8 @@ def tables(argv: list[str]) -> int:
 
 
 def profile(argv: list[str]) -> int:
-    """Count parameters and FLOPs of a model."""
-    from msv.profiling import main
+    """Count parameters and FLOPs of models."""
+    from msv.ablation.profiles import main
 
     return main(argv) or 0
 

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
+from msv.files import EXPERIMENTS
 from msv.grid_section import Grid
 from msv.parse_errors import original_errors, readable_errors
 from msv.tasks import EMA, History, Progress
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 DEFAULT_RECIPE = Path("recipes/digits.yaml")
-SHIPPED = Path(__file__).parents[1] / "experiments"
 DESCRIPTION = (
     "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
     "these: tables (make them again from records), profile (parameters and FLOPs), benchmark (time the scan); each "
@@ -259,7 +259,7 @@ def with_default_recipe(args: list[str]) -> tuple[list[str], str | None]:
     if files and not with_data and not typed:
         recipe = files[0].parent / DEFAULT_RECIPE
         if not recipe.is_file():  # a grid of one's own, somewhere else
-            recipe = SHIPPED / DEFAULT_RECIPE
+            recipe = EXPERIMENTS / DEFAULT_RECIPE
         if recipe.is_file():
             log.info("no config has data: %s is added", recipe)
             first = configs[0][0]

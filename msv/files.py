@@ -1,9 +1,11 @@
-"""Files that are either whole or not there."""
+"""Where the shipped files lie, and files that are either whole or not there."""
 
 import contextlib
 import os
 import uuid
 from pathlib import Path
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

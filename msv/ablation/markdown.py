@@ -101,10 +101,10 @@ def _body(table: Table) -> str:
             values += [f"*{_number(value, digits)}*" for value, digits in numbers] or [_NONE] * 3
         lines.append(values)
     words = 2 + len(table.toggles)  # left-aligned: names and states; the rest are numbers
-    return _aligned(titles, lines, words)
+    return aligned(titles, lines, words)
 
 
-def _aligned(titles: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
+def aligned(titles: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
     """A pipe table that reads as well unrendered."""
     cells = [[value.replace("|", "\\|").replace("\n", " ") for value in line] for line in (titles, *lines)]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(titles))]

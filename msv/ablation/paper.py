@@ -46,6 +46,29 @@ class ComparisonRow:
     preset: str | None = None
 
 
+@dataclass(frozen=True)
+class Printed:
+    """Parameters and FLOPs to the digits that the paper prints.
+
+    Args:
+        params_m: parameters in millions, as text.
+        gflops: FLOPs in 10^9, as text.
+        source: where it stands: the tables, and the row as they call it.
+    """
+
+    params_m: str
+    gflops: str
+    source: str
+
+    def params_alike(self, params: int) -> bool:
+        """Whether a count of parameters rounds to what is printed."""
+        return _rounds_to(params / 1e6, self.params_m)
+
+    def flops_alike(self, flops: int) -> bool:
+        """Whether a count of FLOPs, in the paper's convention, rounds to what is printed."""
+        return _rounds_to(flops / 1e9, self.gflops)
+
+
 TABLE_1: tuple[ComparisonRow, ...] = (
     ComparisonRow("RegNetY-800M", 6, 0.8, 76.3),
     ComparisonRow("RegNetY-1.6G", 11, 1.6, 78.0),
@@ -76,6 +99,13 @@ TABLE_6: dict[str, float] = {
     "msvmamba_nano": 1165.71,
     "msvmamba_micro": 887.14,
     "msvmamba_tiny": 421.80,
+}
+
+# Table 7: parameters in millions and FLOPs in 10^9, as printed.
+TABLE_7_SIZES: dict[str, tuple[float, float]] = {
+    "msvmamba_nano": (6.9, 0.9),
+    "msvmamba_micro": (11.9, 1.5),
+    "msvmamba_tiny": (33.0, 4.6),
 }
 
 _DIMS = (48, 96, 192, 384)
@@ -135,6 +165,30 @@ def paper_row(network: Mapping[str, Any] | None) -> PaperRow | None:
         return None
     key = tuple(configured[name] for name in ("full_scans", "d_state", "se", "conv_ffn", "depths"))
     return _ABLATIONS.get(key)
+
+
+def printed(network: Mapping[str, Any] | None, preset: str | None = None) -> Printed | None:
+    """What the paper prints of a network's size, where it gives the most digits; None where it printed nothing.
+
+    Args:
+        network: as for `paper_row`.
+        preset: name of the preset that the network is, if any, which Tables 7 and 1 know.
+    """
+    row = paper_row(network)
+    if row is not None:
+        return Printed(f"{row.params_m:.1f}", f"{row.gflops:.2f}", f"{', '.join(row.tables)}: {row.name}")
+    if preset in TABLE_7_SIZES:
+        params_m, gflops = TABLE_7_SIZES[preset]
+        return Printed(f"{params_m:.1f}", f"{gflops:.1f}", "Table 7")
+    for compared in TABLE_1:
+        if preset is not None and compared.preset == preset:
+            return Printed(f"{compared.params_m:.0f}", f"{compared.gflops:.1f}", f"Table 1: {compared.name}")
+    return None
+
+
+def _rounds_to(value: float, text: str) -> bool:
+    digits = len(text.partition(".")[2])
+    return f"{value:.{digits}f}" == text
 
 
 def _is_msvmamba(class_path: str) -> bool:

@@ -1,17 +1,21 @@
-"""Parameters and FLOPs, counted by running a network without data.
+"""Parameters, FLOPs and activations, counted by running a network without data.
 
 Two conventions stand beside each other, and every column says which it uses:
 
 - `flops_fvcore`, the paper's: a multiply-accumulate of a convolution or matrix product is one; the projections of x
   count once a route, as the published code makes them; a scan is 9·B·L·D·N, and B·L·D for its skip; LayerNorm 5 an
   element; bilinear interpolation 4 and nearest 1 an output; average pooling 1 an input; activations, gates, sums 0.
-- `flops`, plain: a multiply-accumulate is two; a scan is the same 9·B·L·D·N, and 2·B·L·D; nothing else counts.
+- `flops`, plain: a multiply-accumulate is two, as `torch.utils.flop_counter` has it; a scan is the same 9·B·L·D·N, and
+  2·B·L·D; nothing else counts.
+
+`activations` is what timm's tables call so: the elements that convolutions, matrix products and scans put out (a scan
+each of its routes), those of one image in evaluation.
 """
 
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +28,12 @@ from torch.utils.module_tracker import ModuleTracker
 from msv.kernels import flops_1d, flops_2d
 from msv.models import S6
 
-PARTS = ("stem", "scans", "convolutions", "projections", "norms", "downsampling", "head", "other")
-"""Where a network's costs are booked: stem, downsampling and head whole, the rest by kind (S6 weights are scans')."""
+PARTS = ("stem", "scans", "convolutions", "projections", "norms", "se", "ffn", "downsampling", "head", "other")
+"""Where a network's costs are booked: a stem, S6 (scans, its own projections included), SE, ConvFFN, downsampling and
+head whole, what lies outside them by kind; `other` is the interpolation of half maps."""
 
+# Names of modules that are a part whatever they do, ours and timm's.
+_PLACES = {"se": "se", "ffn": "ffn", "mlp": "ffn", "downsample": "downsampling"}
 _aten, _msv = torch.ops.aten, torch.ops.msv
 _CONVOLUTIONS = {_aten.convolution, _aten._convolution}
 _SCANS = {_msv.selective_scan, _msv.selective_scan_2d}
@@ -49,16 +56,20 @@ class Counts:
         flops_fvcore: operations in the paper's convention.
         flops: operations, a multiply-accumulate being two.
         parts: for each of `PARTS` the same three numbers, which add up to those above.
+        activations: elements put out by convolutions, matrix products and scans.
     """
 
     params: int
     flops_fvcore: int
     flops: int
     parts: dict[str, tuple[int, int, int]]
+    activations: int
 
 
 def count(network: nn.Module, in_chans: int = 3, image_size: int | tuple[int, int] = 224) -> Counts:
-    """Counts a network's parameters, and its FLOPs for one image in evaluation; the network itself is left alone.
+    """Counts a network's parameters, and its FLOPs and activations for one image in evaluation.
+
+    The network itself is left alone.
 
     Args:
         network: any image model, on any device.
@@ -73,7 +84,8 @@ def count(network: nn.Module, in_chans: int = 3, image_size: int | tuple[int, in
     for module in shadow.modules():
         if isinstance(module, S6):
             module.backend = "auto"  # the registered operator is the one that is seen, whatever computes it
-    with torch.no_grad(), _FlopCounter() as counter:
+    modules = dict(shadow.named_modules())
+    with torch.no_grad(), _FlopCounter(modules) as counter:
         shadow(torch.empty(1, in_chans, height, width, device="meta"))
     params: Counter[str] = Counter()
     seen = set()
@@ -81,18 +93,20 @@ def count(network: nn.Module, in_chans: int = 3, image_size: int | tuple[int, in
         for parameter in module.parameters(recurse=False):
             if parameter not in seen:
                 seen.add(parameter)
-                params[_place(name) or _kind(module)] += parameter.numel()
+                params[_place(name, modules) or _kind(module)] += parameter.numel()
     parts = {part: (params[part], counter.fvcore[part], counter.plain[part]) for part in PARTS}
-    return Counts(params.total(), counter.fvcore.total(), counter.plain.total(), parts)
+    return Counts(params.total(), counter.fvcore.total(), counter.plain.total(), parts, counter.activations)
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Books each operation that runs under it, in both conventions."""
+    """Books each operation that runs under it, in both conventions; `modules` by name, of the network that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.fvcore: Counter[str] = Counter()
         self.plain: Counter[str] = Counter()
+        self.activations = 0
+        self._modules = modules
         self._tracker = ModuleTracker()
 
     def __enter__(self) -> "_FlopCounter":
@@ -106,19 +120,22 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
+        main = out[0] if isinstance(out, (tuple, list)) else out
+        if packet in _SCANS or (packet in flop_registry and packet not in _ELEMENTWISE):
+            self.activations += main.numel()
         if packet in _SCANS:
             self._book("scans", *_scan_flops(packet, args))
         elif packet in _ELEMENTWISE:
             kind, formula = _ELEMENTWISE[packet]
-            self._book(kind, formula(args, out[0] if isinstance(out, tuple) else out), 0)
+            self._book(kind, formula(args, main), 0)
         elif packet in flop_registry:
             doubled = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
             self._book("convolutions" if packet in _CONVOLUTIONS else "projections", doubled // 2, doubled)
         return out
 
     def _book(self, kind: str, fvcore: int, plain: int) -> None:
-        places = (_place(name.partition(".")[2]) for name in self._tracker.parents)
-        part = next((place for place in places if place), kind)
+        innermost = max(self._tracker.parents, key=len).partition(".")[2]
+        part = _place(innermost, self._modules) or kind
         self.fvcore[part] += int(fvcore)
         self.plain[part] += int(plain)
 
@@ -141,18 +158,20 @@ def _scan_flops(packet: Any, args: tuple) -> tuple[int, int]:
     return fvcore, plain
 
 
-def _place(module: str) -> str | None:
-    """The part that a module's name puts it in whatever it does, if any."""
-    if module == "stem" or module.startswith("stem."):
-        return "stem"
-    if module == "head" or module.startswith("head."):
-        return "head"
-    return "downsampling" if "downsample" in module.split(".") else None
+def _place(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The part that a module belongs to by where it stands, whatever it does, if any."""
+    steps = name.split(".")
+    if steps[0] in ("stem", "head"):
+        return steps[0]
+    for depth, step in enumerate(steps, start=1):
+        if step in _PLACES:
+            return _PLACES[step]
+        if isinstance(modules.get(".".join(steps[:depth])), S6):
+            return "scans"
+    return None
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, S6):
-        return "scans"
     if isinstance(module, nn.Conv2d):
         return "convolutions"
     if isinstance(module, nn.Linear):

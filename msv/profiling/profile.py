@@ -1,94 +1,142 @@
-"""`python cli.py profile`: parameters and FLOPs of models, by part, for reading or for machines."""
+"""What one model costs: parameters, FLOPs and activations without data, and peak training memory on this machine."""
 
-import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
+import torch
+from torch import nn
 
-from msv.models import PRESETS, TimmModel
+from msv.models import TimmModel
+from msv.provenance import environment
 
 from .counts import Counts, count
+from .timing import nbytes, peak_memory
+
+Factory = Callable[[int, int], nn.Module]
+"""Makes a network from the channels of an image and the number of classes."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with the arguments after `profile`; returns the exit status.
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of training.
+
+    Attributes:
+        nbytes: bytes at the worst moment of a forward and backward pass in training mode and float32: weights, images,
+            gradients, and all that the passes keep or need meanwhile; no optimizer.
+        batch_size: images of the batch.
+        device: name of the GPU or CPU.
+    """
+
+    nbytes: int
+    batch_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model costs.
+
+    Attributes:
+        name: of the model.
+        in_chans: channels of the image.
+        size: its height and width in pixels.
+        num_classes: classes of the head.
+        counts: parameters, FLOPs of one image in two conventions, both by part, and activations.
+        memory: of training; None where it was not measured.
+    """
+
+    name: str
+    in_chans: int
+    size: tuple[int, int]
+    num_classes: int
+    counts: Counts
+    memory: Memory | None = None
+
+
+def profile_model(
+    model: str | Factory,
+    size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    *,
+    name: str | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> Profile:
+    """Profiles a model; without `batch_size` no weight is made and nothing is computed.
+
+    Args:
+        model: a name in timm's registry, ours included, or what makes the network from `in_chans` and `num_classes`.
+        size: side of a square image in pixels, or its height and width.
+        in_chans: channels of the image.
+        num_classes: classes of the head.
+        name: what to call the model; by default its name in the registry, or its class.
+        batch_size: images of the batch whose peak training memory is measured; None measures none.
+        device: where it is measured; by default a GPU where there is one.
 
     Raises:
-        ValueError: an unknown model, or an image it does not take.
+        ValueError: an unknown model, an image that it does not take, or a batch that does not fit into memory.
+
+    Example:
+        >>> profile_model("msvmamba_nano").counts.params
+        6864136
     """
-    options = _parser().parse_args(argv)
-    if options.image_size < 32:
-        raise ValueError(f"--image_size is {options.image_size}; expected 32 or more")
-    found = {
-        name: count(TimmModel(name)(options.in_chans, options.num_classes), options.in_chans, options.image_size)
-        for name in options.model
-    }
-    if options.json:
-        size = {"image_size": options.image_size, "in_chans": options.in_chans, "num_classes": options.num_classes}
-        entries = [{"model": name, **size, **as_json(counts)} for name, counts in found.items()]
-        print(json.dumps(entries[0] if len(entries) == 1 else entries, indent=2))
-        return 0
-    console = Console()
-    console.print(_summary(found, options.image_size, options.num_classes))
-    for name, counts in found.items():
-        console.print(_by_part(name, counts))
-    console.print(
-        "GFLOPs (paper): a multiply-accumulate is one, scans 9·L·D·N and L·D, LayerNorm 5 an element, interpolation 4 "
-        "an output.\nGFLOPs (plain): a multiply-accumulate is two, scans 9·L·D·N and 2·L·D, nothing else.",
-        highlight=False,
-    )
-    return 0
+    factory = TimmModel(model) if isinstance(model, str) else model
+    height, width = (size, size) if isinstance(size, int) else size
+    network = _without_weights(factory, in_chans, num_classes)
+    try:
+        counts = count(network, in_chans, (height, width))
+    except (AssertionError, RuntimeError) as error:  # what other people's models say to an image they do not take
+        raise ValueError(f"no image of {in_chans}×{height}×{width} fits the model: {_first_line(error)}") from error
+    memory = None
+    if batch_size is not None:
+        memory = training_memory(factory(in_chans, num_classes), (batch_size, in_chans, height, width), device)
+    name = name or (model if isinstance(model, str) else type(network).__name__)
+    return Profile(name, in_chans, (height, width), num_classes, counts, memory)
 
 
-def as_json(counts: Counts) -> dict:
-    """`params`, `gflops_fvcore` (the paper's convention), `gflops` (plain), and the same for each part."""
+def training_memory(
+    network: nn.Module, shape: tuple[int, int, int, int], device: torch.device | str | None = None
+) -> Memory:
+    """Measures the peak memory of one forward and backward pass of a network, which runs twice for it.
 
-    def entry(params: int, fvcore: int, plain: int) -> dict:
-        return {"params": params, "gflops_fvcore": fvcore / 1e9, "gflops": plain / 1e9}
+    Args:
+        network: it is moved to the device and put into training mode.
+        shape: of the batch, (B, C, H, W).
+        device: by default a GPU where there is one.
 
-    total = entry(counts.params, counts.flops_fvcore, counts.flops)
-    return {**total, "parts": {part: entry(*numbers) for part, numbers in counts.parts.items()}}
+    Raises:
+        ValueError: the batch is empty or does not fit into memory.
+    """
+    if shape[0] < 1:
+        raise ValueError(f"batch_size is {shape[0]}; expected 1 or more")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        network = network.to(where).train()
+        images = torch.randn(shape, device=where)
+        parameters = [p for p in network.parameters() if p.requires_grad]
 
+        def step() -> object:
+            return torch.autograd.grad(network(images).sum(), parameters, allow_unused=True)
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cli.py profile", description="Counts parameters and FLOPs of models.")
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        default=list(PRESETS),
-        metavar="NAME",
-        help=f"models of timm's registry (default: the presets {', '.join(PRESETS)})",
-    )
-    parser.add_argument("--image_size", type=int, default=224, help="side of the image in pixels (default: 224)")
-    parser.add_argument("--in_chans", type=int, default=3, help="channels of the image (default: 3)")
-    parser.add_argument("--num_classes", type=int, default=1000, help="classes of the head (default: 1000)")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines: an object, or a list of them")
-    return parser
-
-
-def _table(title: str, first: str) -> Table:
-    table = Table(first, title=title, title_justify="left")
-    for column in ("params", "GFLOPs (paper)", "GFLOPs (plain)"):
-        table.add_column(column, justify="right")
-    return table
-
-
-def _row(params: int, fvcore: int, plain: int) -> tuple[str, str, str]:
-    return f"{params:,}", f"{fvcore / 1e9:.3f}", f"{plain / 1e9:.3f}"
+        peak = peak_memory(step, where)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"a batch of {shape[0]} images does not fit into the memory of this machine; use a smaller one"
+        ) from error
+    there = nbytes(*network.parameters(), *network.buffers(), images)
+    return Memory(peak + there, shape[0], str(environment("cuda" if where.type == "cuda" else "cpu")["device"]))
 
 
-def _summary(found: dict[str, Counts], image_size: int, num_classes: int) -> Table:
-    table = _table(f"one image of {image_size}×{image_size}, {num_classes} classes", "model")
-    for name, counts in found.items():
-        table.add_row(name, *_row(counts.params, counts.flops_fvcore, counts.flops))
-    return table
+def _without_weights(factory: Factory, in_chans: int, num_classes: int) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return factory(in_chans, num_classes)
+    except (NotImplementedError, RuntimeError):  # some of timm's models compute with values while they are built
+        return factory(in_chans, num_classes)
 
 
-def _by_part(name: str, counts: Counts) -> Table:
-    table = _table(name, "part")
-    for part, numbers in counts.parts.items():
-        if any(numbers):
-            table.add_row(part, *_row(*numbers))
-    return table
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,8 +3,8 @@ import inspect
 import pytest
 
 from msv.ablation import paper
-from msv.ablation.paper import PAPER_ROWS, TABLE_1, TABLE_6, paper_row
-from msv.models import MSVMamba
+from msv.ablation.paper import PAPER_ROWS, TABLE_1, TABLE_6, Printed, paper_row, printed
+from msv.models import PRESETS, MSVMamba
 
 TABLE_5 = {"dims": [48, 96, 192, 384], "depths": [2, 2, 6, 2], "d_state": 8, "se": False, "conv_ffn": False}
 
@@ -111,3 +111,37 @@ def test_tables_1_and_6_name_presets_once():
     assert set(TABLE_6) < set(presets)
     assert next(row.top1 for row in TABLE_1 if row.preset == "msvmamba_tiny") == 82.8
     assert round(TABLE_6["msvmamba_nano"] / TABLE_6["vmamba_tiny"], 2) == 5.33
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("msvmamba_nano", Printed("6.9", "0.88", "Table 4: + N=1")),
+        ("msvmamba_tiny", Printed("33.0", "4.6", "Table 7")),
+        ("vmamba_nano", Printed("4.4", "0.87", "Table 4: VMamba-Nano")),
+        ("vmamba_small", Printed("44", "11.2", "Table 1: VMamba-B")),
+        ("vmamba_base", None),
+    ],
+)
+def test_sizes_are_printed_where_they_have_the_most_digits(preset, expected):
+    assert printed(network(**PRESETS[preset]), preset) == expected
+
+
+def test_sizes_keep_the_digits_of_print():
+    assert printed(network(**TABLE_5, full_scans=2)) == Printed("5.0", "1.00", "Table 5: 2/2")
+    assert printed(network(**TABLE_5, full_scans=1)) == Printed("4.8", "0.89", "Table 4, Table 5: + MS2D (1/3)")
+    assert printed(network(**TABLE_5, full_scans=2, carry_state=False)) is None
+    assert printed(None) is None
+
+
+@pytest.mark.parametrize(
+    ("params", "flops", "alike"),
+    [
+        (5_039_800, 998_000_000, (True, True)),
+        (4_949_999, 994_999_999, (False, False)),
+        (5_050_001, 1_005_000_001, (False, False)),
+    ],
+)
+def test_rounding_to_what_is_printed(params, flops, alike):
+    row = Printed("5.0", "1.00", "Table 5: 2/2")
+    assert (row.params_alike(params), row.flops_alike(flops)) == alike

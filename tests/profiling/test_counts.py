@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from msv.models import PRESETS, MSVMamba
 from msv.profiling import count
@@ -108,9 +109,40 @@ def test_parts_hold_what_they_say():
     assert parts["head"][0] == sum(n for name, n in numel.items() if name.startswith("head."))
     assert parts["downsampling"][0] == sum(n for name, n in numel.items() if ".downsample." in name)
     assert parts["scans"][0] == sum(n for name, n in numel.items() if ".s6" in name)
-    assert parts["convolutions"][0] == sum(n for name, n in numel.items() if "dwconv" in name)
-    assert parts["scans"][1] > 0
+    assert parts["se"][0] == sum(n for name, n in numel.items() if ".se." in name)
+    assert parts["ffn"][0] == sum(n for name, n in numel.items() if ".ffn." in name)
+    assert parts["convolutions"][0] == sum(n for name, n in numel.items() if "mixer.dwconv" in name)
+    assert parts["projections"][0] == sum(n for name, n in numel.items() if "in_proj" in name or "out_proj" in name)
     assert parts["other"] == (0, parts["other"][1], 0)
+
+
+def test_the_flops_of_a_part_are_those_of_its_modules():
+    """One block a stage of 16×16, 8×8, 4×4 and 2×2 cells, the half map a quarter of each."""
+    parts = count(MSVMamba(**SMALL), 3, 64).parts
+    cells, dims = (256, 64, 16, 4), SMALL["dims"]
+    sizes = list(zip(cells, dims, strict=True))
+    assert parts["projections"][2] == 2 * parts["projections"][1] == 2 * sum(n * 6 * c * c for n, c in sizes)
+    depthwise = sum((n * 9 + n // 4 * 49) * 2 * c for n, c in sizes)
+    assert parts["convolutions"][1:] == (depthwise, 2 * depthwise)
+    squeeze = sum(2 * 2 * c * (2 * c // 8) for _, c in sizes)
+    assert parts["se"][1:] == (squeeze + sum(n * 2 * c for n, c in sizes), 2 * squeeze)
+    channel_mixers = sum(n * (4 * c * c + 9 * 2 * c) for n, c in sizes)
+    assert parts["ffn"][1:] == (channel_mixers, 2 * channel_mixers)
+    assert parts["other"][1] == sum(4 * n * 2 * c for n, c in sizes)  # the half map, upsampled
+
+
+def test_activations_by_hand():
+    """The same network: what stem, blocks, downsampling and classifier put out; SE puts out vectors."""
+    counts = count(MSVMamba(**SMALL), 3, 64)
+    expected = 256 * 8 + sum(n * c for n, c in ((64, 16), (16, 32), (4, 64))) + 10
+    for cells, dim in ((256, 8), (64, 16), (16, 32), (4, 64)):
+        inner, half, rank = 2 * dim, cells // 4, -(-dim // 16)
+        expected += cells * 2 * inner + cells * dim  # in, out
+        expected += (cells + half) * (inner + rank + 2)  # 3×3 and 7×7, x_proj of one weight set each
+        expected += (cells + 3 * half) * inner  # the scan of each route
+        expected += inner // 8 + inner
+        expected += 2 * cells * 2 * dim + cells * dim  # ConvFFN
+    assert counts.activations == expected
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "parallel"])
@@ -159,6 +191,20 @@ def test_shared_parameters_count_once():
     counts = count(network, 3, 32)
     assert counts.params == 3 * 32 * 32 * 4 + 4 + 20
     assert counts.flops == 2 * counts.flops_fvcore == 2 * (3 * 32 * 32 * 4 + 2 * 16)
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [("resnet18", 2.48), ("deit_small_patch16_224", 11.95), ("swin_tiny_patch4_window7_224", 17.06)],
+)
+def test_activations_and_plain_flops_are_those_of_others(name, published):
+    """Activations as in timm's table of results, in millions; FLOPs as torch's own counter has them."""
+    network = on_meta(timm.create_model, name).eval()
+    counts = count(network)
+    assert round(counts.activations / 1e6, 2) == published
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counts.flops == counter.get_total_flops()
 
 
 def test_a_model_of_timms():
