@@ -6,6 +6,7 @@ Nothing here knows of the clock or of a run's memory: the same records give the 
 import argparse
 import csv
 import io
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,13 +74,16 @@ def load_table(folder: Path) -> Table:
     }
     top1 = {name: _done(runs, "test_top1") for name, runs in records.items()}
     baseline = listed["baseline"]
-    against = top1.get(baseline, {})
-    differences = {name: paired_difference(top1[name], against) if name != baseline else None for name in records}
+    against = {name: listed["against"].get(name, baseline if name != baseline else None) for name in records}
+    differences = {name: paired_difference(top1[name], top1.get(other, {})) for name, other in against.items()}
     tested = [difference.p if difference else None for difference in differences.values()]
     corrected = dict(zip(differences, holm(tested), strict=True))
 
+    groups = {name: title for title, cells in listed["groups"].items() for name in cells}
+    titles = ["", *listed["groups"]]
     rows = []
-    for name, runs in records.items():
+    for name in sorted(records, key=lambda name: titles.index(groups.get(name, ""))):
+        runs = records[name]
         known = [record for record in runs.values() if record is not None]
         # Numbers come from finished runs first: a failed one may be of an earlier commit.
         known.sort(key=lambda record: record["status"] != "done")
@@ -98,6 +102,9 @@ def load_table(folder: Path) -> Table:
                 difference=differences[name],
                 p_holm=corrected[name],
                 paper=paper_row(network),
+                against=against[name],
+                group=groups.get(name, ""),
+                answers=listed["groups"].get(groups.get(name, ""), {}).get(name, ""),
             )
         )
     return Table(
@@ -108,7 +115,20 @@ def load_table(folder: Path) -> Table:
         toggles=listed["toggles"],
         rows=rows,
         records=records,
+        again=_command_again(folder, listed),
     )
+
+
+def is_kept(folder: Path, listed: Mapping[str, Any]) -> bool:
+    """Whether a folder with this ``grid.yaml`` is a published one, ``<measured>/<recipe>/<grid>``."""
+    return (folder.parent.name, folder.name) == (listed["recipe"], listed["name"])
+
+
+def _command_again(folder: Path, listed: Mapping[str, Any]) -> str:
+    if is_kept(folder, listed):
+        return "python cli.py tables --all"
+    command = f"python cli.py tables --grid {listed['name']}/{listed['recipe']}"
+    return command if listed["results"] == "results" else f"{command} --results {shlex.quote(listed['results'])}"
 
 
 def render_csv(table: Table) -> str:
@@ -147,6 +167,9 @@ def _csv_fields(row: Row) -> dict[str, str]:
         "differs": "" if row.differs is None else format_value(row.differs),
         "top1_raw_mean": _fixed(row.top1_raw_mean, 2),
         "paper_tables": "; ".join(paper.tables) if paper else "",
+        "delta_to": row.against or "",
+        "group": row.group,
+        "answers": row.answers,
     }
 
 
