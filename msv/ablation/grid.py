@@ -21,7 +21,7 @@ from msv.grid_section import Grid
 GRID_FILE = "grid.yaml"
 _GRID_FILE_KEYS = frozenset({"name", "recipe", "baseline", "command", "toggles", "cells"})
 # What `results/` and a grid's own folder hold beside grids and cells.
-_RESERVED_GRIDS = frozenset({"measured", "benchmarks"})
+_RESERVED_GRIDS = frozenset({"measured", "benchmarks", "comparison", "counted", "readme.md"})
 _RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_flops.png"})
 _HASH = re.compile(r"[0-9a-f]{8}")
 # A run of the shipped networks keeps a checkpoint of up to ~100 MB, and writes the next before it drops the last.

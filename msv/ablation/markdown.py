@@ -41,13 +41,13 @@ def _head(table: Table) -> list[tuple[str, str]]:
     # What the numbers stand on are the finished runs; before there is one, the others say what is under way.
     used = [(cell, record) for cell, record in every if record["status"] == "done"] or every
     head = [
-        ("Data", _agreed(used, _data)),
+        ("Data", _agreed(used, describe_data)),
         ("Augmentation", _agreed(used, _augmentation)),
         ("Schedule", _agreed(used, _schedule)),
         ("Cut short", _agreed(used, _limits) if any(map(_limits, (record for _, record in used))) else ""),
         ("Seeds", _seeds(table)),
         ("Commit", _agreed(used, lambda record: str(_section(record, "env").get("commit") or "unknown"))),
-        ("Machine", _agreed(used, _machine)),
+        ("Machine", _agreed(used, describe_machine)),
     ]
     notes = list(dict.fromkeys(note for _, record in used if (note := _section(record, "data").get("note"))))
     head += [("Note", str(note)) for note in notes]
@@ -180,7 +180,8 @@ def _section(record: Record, name: str) -> Mapping[str, Any]:
     return record.get(name) or {}
 
 
-def _data(record: Record) -> str:
+def describe_data(record: Record) -> str:
+    """A record's data in a line: name, images, classes."""
     data = _section(record, "data")
     splits = [f"{data[f'{split}_images']:,} {split}" for split in ("train", "val", "test") if f"{split}_images" in data]
     size = f"{data.get('in_chans', '?')}×{data.get('image_size', '?')}×{data.get('image_size', '?')}"
@@ -207,7 +208,8 @@ def _limits(record: Record) -> str:
     return ", ".join(f"{key} {format_value(value)}" for key, value in limits.items())
 
 
-def _machine(record: Record) -> str:
+def describe_machine(record: Record) -> str:
+    """Where a record's run took place, in a line: device, versions."""
     env = dict(_section(record, "env"))
     env.pop("commit", None)
     device, cpu, threads = env.pop("device", None) or "unknown device", env.pop("cpu", None), env.pop("threads", None)

@@ -69,7 +69,7 @@ def load_table(folder: Path) -> Table:
     """Read a grid's current records and compute its rows; see `make_table` for the errors."""
     listed = read_grid_file(folder)
     records: dict[str, dict[int, dict[str, Any] | None]] = {
-        name: {seed: _current_record(folder, name, seed, digest) for seed, digest in sorted(cell["runs"].items())}
+        name: {seed: current_record(folder, name, seed, digest) for seed, digest in sorted(cell["runs"].items())}
         for name, cell in listed["cells"].items()
     }
     top1 = {name: _done(runs, "test_top1") for name, runs in records.items()}
@@ -178,7 +178,8 @@ def _fixed(value: float | None, digits: int) -> str:
     return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _current_record(folder: Path, cell: str, seed: int, digest: str) -> dict[str, Any] | None:
+def current_record(folder: Path, cell: str, seed: int, digest: str) -> dict[str, Any] | None:
+    """The record of a run that a grid lists, None where it has left none; ValueError if it is another run's."""
     path = run_folder(folder, cell, seed, digest) / RECORD_NAME
     if not path.is_file():
         return None
@@ -208,6 +209,17 @@ def _status(runs: Mapping[int, Mapping[str, Any] | None]) -> str:
     return ", ".join(f"{states[state]} {state}" for state in _STATES if states[state])
 
 
+def add_grid_option(parser: argparse._ActionsContainer) -> None:
+    """Add ``--grid`` to a command that works on grids with results."""
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="grids, as NAME or NAME/RECIPE (default: all there are)",
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """``tables``: make the tables of grids again from their records, without training.
 
@@ -225,19 +237,26 @@ def main(argv: Sequence[str]) -> int:
         prog="cli.py tables",
         description="Make the tables and plots of grids again from their records, without training.",
     )
-    parser.add_argument(
-        "--grid",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="grids, as NAME or NAME/RECIPE (default: all there are)",
+    chosen = parser.add_mutually_exclusive_group()
+    add_grid_option(chosen)
+    chosen.add_argument(
+        "--all",
+        action="store_true",
+        help="everything that is published: the tables of kept records, counts of every grid, the paper's comparison, "
+        "and README.md as their index",
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
 
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    if arguments.all:
+        from msv.ablation.index import write_all  # counts build networks, which no other table needs
+
+        for written in write_all(arguments.results):
+            console.print(f"wrote {written}")
+        return 0
     problems = []
-    for folder in _grid_folders(arguments.results, arguments.grid):
+    for folder in grid_folders(arguments.results, arguments.grid):
         try:
             paths = make_table(folder)
         except (OSError, ValueError) as error:
@@ -252,7 +271,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _grid_folders(results: Path, names: Sequence[str] | None) -> list[Path]:
+def grid_folders(results: Path, names: Sequence[str] | None) -> list[Path]:
+    """Folders of the grids in a results folder: all, or those named as NAME or NAME/RECIPE.
+
+    Raises:
+        FileNotFoundError: there are none at all.
+        ValueError: a name that no grid has.
+    """
     if results.exists() and not results.is_dir():
         raise NotADirectoryError(f"results folder {results} is a file, expected a folder; choose another --results")
     found = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in results.glob(f"*/*/{GRID_FILE}")}
