@@ -20,7 +20,10 @@ _INTRODUCTION = """\
 
 What this code has measured, timed and counted; `python cli.py tables --all` makes the tables and this page again from
 what is kept here. The paper's own numbers (arXiv 2405.14174) stand beside ours in columns called *paper*, and nowhere
-else: no column holds both, and no mean is made of both."""
+else: no column holds both, and no mean is made of both.
+
+The grids are those of `experiments/`: `ablate_components` is Table 4, `ablate_scans` Table 5; `controls_components` and
+`controls_scans` are the same rows with control rows, at equal depth; `compare_baseline` is VMamba-Nano against MS2D."""
 
 
 def write_all(results: Path) -> list[Path]:
@@ -81,7 +84,7 @@ def _kept_folders(results: Path) -> list[Path]:
 
 
 def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
-    lines, commands, notes = [], [], []
+    lines, commands, notes, versions = [], [], [], []
     for folder, table in tables.items():
         runs = [record for cell in table.records.values() for record in cell.values()]
         done = [record for record in runs if record is not None]
@@ -93,17 +96,18 @@ def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
                 _told(describe_data(record) for record in done),
                 f"{len(done)} of {len(runs)}",
                 _told(str(seed) for cell in table.records.values() for seed in cell),
-                _told(describe_machine(record) for record in done),
+                _told(describe_machine(record).partition("; ")[0] for record in done),
                 _told(f"`{record['env']['commit']}`" for record in done),
             ]
         )
+        versions += [describe_machine(record).partition("; ")[2] for record in done]
         commands.append(table.command)
         notes += [str(record["data"]["note"]) for record in done if record["data"].get("note")]
     parts = ["## Trained and tested here"]
     if lines:
-        titles = ["table", "recipe", "data", "runs", "seeds", "machine", "commit"]
+        titles = ["table", "recipe", "data", "runs", "seeds", "device", "commit"]
         parts.append(aligned(titles, lines, words=len(titles)))
-        parts.append("\n".join(f"- {note}" for note in dict.fromkeys(notes)))
+        parts.append("\n".join(f"- {text}" for text in dict.fromkeys([*versions, *notes]) if text))
         parts.append("Trained by\n\n```sh\n" + "\n".join(dict.fromkeys(commands)) + "\n```")
         parts.append(
             "Beside each table lie its CSV, `epochs.csv` (the metrics of every epoch of every run), and for each run "
@@ -147,8 +151,7 @@ def _counted(results: Path) -> str:
         COUNTED,
         "## Counted here, without training",
         "Parameters and FLOPs of every row of the grids, at 1×3×224×224 with 1000 classes, beside what the paper "
-        "prints of the same networks. `ablate_components` is Table 4, `ablate_scans` Table 5; `controls_components` "
-        "and `controls_scans` are their control rows, at equal depth.",
+        "prints of the same networks.",
     )
 
 

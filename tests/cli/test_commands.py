@@ -252,6 +252,12 @@ def test_help_is_quiet(words):
     assert "usage" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["tables", "keep"])
+def test_there_is_nothing_to_make_tables_of_or_to_keep(run, tmp_path, command):
+    one_error(run(command, "--results", str(tmp_path)), r"no grid has results in .*run one first")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Bad input.
 
 NETWORK = "model.init_args.network.init_args"
