@@ -51,6 +51,7 @@ def _head(table: Table) -> list[tuple[str, str]]:
     ]
     notes = list(dict.fromkeys(note for _, record in used if (note := _section(record, "data").get("note"))))
     head += [("Note", str(note)) for note in notes]
+    head.append(("Trained in other grids", _taken_over(used)))
     recounted = [cell for cell in table.records if _disagree(used, cell)]
     if recounted:
         head.append(("Counts", f"the seeds of {', '.join(recounted)} disagree; those of the first finished seed stand"))
@@ -226,6 +227,12 @@ def _seeds(table: Table) -> str:
     if len(versions) == 1:
         return next(iter(versions))
     return "; ".join(f"{seeds} ({', '.join(f'`{cell}`' for cell in cells)})" for seeds, cells in versions.items())
+
+
+def _taken_over(used: Sequence[tuple[str, Record]]) -> str:
+    """Cells whose runs another grid has trained, with the names they have there."""
+    found = {cell: record["trained_as"] for cell, record in used if record.get("trained_as")}
+    return ", ".join(f"`{cell}` as `{name}`" for cell, name in found.items())
 
 
 def _disagree(used: Sequence[tuple[str, Record]], cell: str) -> bool:

@@ -315,7 +315,9 @@ def test_a_run_that_another_grid_has_trained_is_taken_over(run, straight, tmp_pa
     assert same["folder"].name == trained["folder"].name
     assert (same["folder"] / "last.ckpt").read_bytes() == (trained["folder"] / "last.ckpt").read_bytes()
     assert (trained["folder"] / "record.json").read_bytes() == before
-    assert "same (baseline)" in (results / "other/quick/table.md").read_text()
+    text = (results / "other/quick/table.md").read_text()
+    assert "same (baseline)" in text
+    assert "- **Trained in other grids**: `same` as `tiny/quick/full_scans=1`\n" in text
 
     # Not under another recipe, and not where the data are others by now.
     assert find_twins([*_runs(same, results, recipe="else")]) == {}
