@@ -11,6 +11,13 @@ def tables(argv: list[str]) -> int:
     return main(argv) or 0
 
 
+def keep(argv: list[str]) -> int:
+    """Publish finished runs in results/measured."""
+    from msv.ablation.keep import main
+
+    return main(argv)
+
+
 def profile(argv: list[str]) -> int:
     """Count parameters and FLOPs of models."""
     from msv.ablation.profiles import main
@@ -46,6 +53,7 @@ def experiment(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tables": tables,
+    "keep": keep,
     "profile": profile,
     "benchmark": benchmark,
     "cell": cell,

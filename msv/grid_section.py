@@ -16,6 +16,8 @@ class Grid:
             is. The keys of axes and cells win over the command line.
         seeds: each cell runs once with each seed (`seed_everything`).
         baseline: name of the cell that the differences of the table refer to.
+        against: cell -> the cell that its difference refers to, where that is not the baseline.
+        groups: heading -> {cell: what its row answers}; the table's parts, in order. Cells in no group come first.
         recipe: name of the folder under the grid's; by default the overlays' names, or the data's.
         results: folder that takes all results.
         rerun: what to do with runs that have a record: "failed" runs failed ones again and resumes unfinished ones,
@@ -29,6 +31,8 @@ class Grid:
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     baseline: str | None = None
+    against: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, dict[str, str]] = field(default_factory=dict)
     recipe: str | None = None
     results: str = "results"
     rerun: Literal["failed", "all", "none"] = "failed"

@@ -45,15 +45,34 @@ def commit(repo_root: Path | None = None) -> str:
     Args:
         repo_root: the top folder of the repository; by default the folder that holds this package.
     """
-    root = Path(repo_root or Path(__file__).parents[1]).resolve()
-    top = _git(root, "rev-parse", "--show-toplevel")
-    # An installed package may lie inside somebody else's repository, whose commit says nothing about this code.
-    if top and Path(top).resolve() == root:
+    root = _repository(repo_root)
+    if root is not None:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         changes = _git(root, "status", "--porcelain", "--untracked-files=normal", "--", ".", ":(exclude,top)results")
         if head and changes is not None:
             return f"{head}+dirty" if changes else head
     return os.environ.get("MSV_COMMIT") or "unknown"
+
+
+def in_history(commit: str, repo_root: Path | None = None) -> bool | None:
+    """Whether a commit is the one that is checked out or an ancestor of it; None where there is no repository to ask.
+
+    Args:
+        commit: its hash, whole or abbreviated.
+        repo_root: the top folder of the repository; by default the folder that holds this package.
+    """
+    root = _repository(repo_root)
+    if root is None or _git(root, "rev-parse", "HEAD") is None:
+        return None
+    return _git(root, "merge-base", "--is-ancestor", commit, "HEAD") is not None
+
+
+def _repository(repo_root: Path | None) -> Path | None:
+    """The repository's top folder; None where this package is in none of its own."""
+    root = Path(repo_root or Path(__file__).parents[1]).resolve()
+    top = _git(root, "rev-parse", "--show-toplevel")
+    # An installed package may lie inside somebody else's repository, whose commit says nothing about this code.
+    return root if top and Path(top).resolve() == root else None
 
 
 def _git(root: Path, *arguments: str) -> str | None:

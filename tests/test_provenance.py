@@ -3,7 +3,7 @@ import subprocess
 import pytest
 import torch
 
-from msv.provenance import commit, environment
+from msv.provenance import commit, environment, in_history
 
 
 def test_environment():
@@ -36,6 +36,18 @@ def test_commit_of_a_clean_repository(repository):
         ["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     )
     assert commit(repository) == head.stdout[:12]
+
+
+def test_whether_a_commit_is_in_the_history(repository, tmp_path_factory):
+    first = commit(repository)
+    git(repository, "checkout", "-q", "-b", "side")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "aside")
+    aside = commit(repository)
+    git(repository, "checkout", "-q", "-")
+    assert in_history(first, repository) is True
+    assert in_history(aside, repository) is False
+    assert in_history("0123456789ab", repository) is False
+    assert in_history(first, tmp_path_factory.mktemp("elsewhere")) is None
 
 
 def test_results_and_ignored_files_leave_it_clean(repository):

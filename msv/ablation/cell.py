@@ -118,6 +118,7 @@ def _train(folder: Path) -> dict[str, Any]:
         "global_batch_size": model.actual_batch_size(),
         "lr": model.actual_lr(),
         "precision": str(trainer.precision),
+        **_limits(trainer),
     }
     rank, device = trainer.global_rank, trainer.strategy.root_device
     if torch.distributed.is_initialized():
@@ -158,6 +159,21 @@ def _train(folder: Path) -> dict[str, Any]:
         },
         "env": environment("cuda" if device.type == "cuda" else "cpu"),
     }
+
+
+def _limits(trainer: pl.Trainer) -> dict[str, Any]:
+    """What cuts a run or its test short of whole epochs and splits; nothing where nothing does."""
+    unlimited = {
+        "max_steps": -1,
+        "limit_train_batches": 1.0,
+        "limit_val_batches": 1.0,
+        "limit_test_batches": 1.0,
+        "overfit_batches": 0.0,
+    }
+    found = {name: getattr(trainer, name) for name in unlimited}
+    # Exactly: of batches, 1 is one batch and 1.0 all of them.
+    cut = {name: value for name, value in found.items() if repr(value) != repr(unlimited[name])}
+    return {"limits": cut} if cut else {}
 
 
 def _counts(model: Any, data: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What can be known to be wrong with a grid before anything trains."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from msv.ablation.records import RECORD_NAME, read_record
 from msv.experiment import LAST, ExperimentCLI, parse_experiment
 from msv.grid_section import Grid
 from msv.tasks.checkpoint import read_checkpoint
-
-IDENTITY = ("name", "train_images", "val_images", "test_images", "num_classes")
-"""What tells data apart in a record."""
 
 IDENTITY = ("name", "train_images", "val_images", "test_images", "num_classes")
 """What tells data apart in a record."""
@@ -62,28 +59,44 @@ def check_runs(runs: Sequence[Run], fresh: bool) -> None:
     _raise_together(runs[0].grid if runs else "", problems)
 
 
+class DataNow:
+    """The data that configs find now; each data section is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, Any] | None] = {}
+
+    def changes(self, run: Run, record: Mapping[str, Any]) -> str:
+        """How the data of a record differ from those that a run finds now.
+
+        The data's root is no part of a run's hash. Data that cannot be read now, and a record without any, say nothing.
+        """
+        key = json.dumps(run.config["data"], sort_keys=True, default=str)
+        if key not in self._known:
+            self._known[key] = _data_now(run.config)
+        now, then = self._known[key], record["data"]
+        if now is None or not then:
+            return ""
+        return "; ".join(
+            f"{name} {then.get(name)!r}, now {now[name]!r}" for name in IDENTITY if then.get(name) != now[name]
+        )
+
+
 def check_same_data(runs: Sequence[Run]) -> None:
-    """Refuse to skip or resume runs whose data are others by now: the data's root is no part of a run's hash.
+    """Refuse to skip or resume runs whose data are others by now.
 
     Args:
         runs: runs that have a record.
 
     Raises:
-        ValueError: a record's data are not those that the config finds now. Data that cannot be read now say nothing.
+        ValueError: a record's data are not those that the config finds now.
     """
     problems: dict[str, str] = {}
-    known: dict[str, dict[str, Any] | None] = {}
+    data = DataNow()
     for run in runs:
-        key = json.dumps(run.config["data"], sort_keys=True, default=str)
-        if key not in known:
-            known[key] = _data_now(run.config)
-        now, then = known[key], read_record(run.folder / RECORD_NAME)["data"]
-        if now is None or not then:
-            continue
-        changed = [f"{name} {then.get(name)!r}, now {now[name]!r}" for name in IDENTITY if then.get(name) != now[name]]
-        if changed:
+        changes = data.changes(run, read_record(run.folder / RECORD_NAME))
+        if changes:
             problems[run.cell.name] = (
-                f"trained on other data ({'; '.join(changed)}): name these data with --grid.recipe NAME, or train "
+                f"trained on other data ({changes}): name these data with --grid.recipe NAME, or train "
                 "anew with --grid.rerun all, which moves the old runs aside"
             )
     _raise_together(runs[0].grid if runs else "", problems)

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
@@ -21,7 +21,7 @@ from msv.grid_section import Grid
 GRID_FILE = "grid.yaml"
 _GRID_FILE_KEYS = frozenset({"name", "recipe", "baseline", "command", "toggles", "cells"})
 # What `results/` and a grid's own folder hold beside grids and cells.
-_RESERVED_GRIDS = frozenset({"measured", "benchmarks"})
+_RESERVED_GRIDS = frozenset({"measured", "benchmarks", "comparison", "counted", "readme.md"})
 _RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_flops.png"})
 _HASH = re.compile(r"[0-9a-f]{8}")
 # A run of the shipped networks keeps a checkpoint of up to ~100 MB, and writes the next before it drops the last.
@@ -60,7 +60,8 @@ def expand(grid: Grid) -> list[Cell]:
 
     Raises:
         ValueError: an empty grid or axis, a value or seed given twice, two cells of one name, a name that is no safe
-            folder name, a baseline or ``only`` that is no cell, a key that a grid cannot set.
+            folder name, a baseline, ``only``, ``against`` or group that names no cell, a cell in two groups or against
+            itself, a key that a grid cannot set.
     """
     check_name("grid.name", grid.name, reserved=_RESERVED_GRIDS)
     if grid.recipe is not None:
@@ -93,6 +94,7 @@ def expand(grid: Grid) -> list[Cell]:
             raise ValueError(
                 f"grid.only names {name!r}, which is no cell of grid {grid.name!r}; {nearest(name, cells)}"
             )
+    _check_table(grid, cells)
     return list(cells.values())
 
 
@@ -212,6 +214,9 @@ def write_grid_file(grid: Grid, runs: Sequence[Run], command: str) -> Path:
             "name": grid.name,
             "recipe": runs[0].recipe,
             "baseline": grid.baseline,
+            "against": dict(grid.against),
+            "groups": {title: dict(cells) for title, cells in grid.groups.items()},
+            "results": Path(grid.results).as_posix(),
             "command": command,
             "toggles": list(toggle_names([key for cell in cells for key in cell.overrides]).values()),
             "cells": listed,
@@ -224,7 +229,8 @@ def read_grid_file(folder: Path) -> dict[str, Any]:
     """Read the ``grid.yaml`` of a grid's folder.
 
     Returns:
-        ``name, recipe, baseline, command, toggles`` and ``cells``: name -> {"toggles": {...}, "runs": {seed: hash}}.
+        ``name, recipe, baseline, against, groups, results, command, toggles`` and ``cells``: name -> {"toggles": {...},
+        "runs": {seed: hash}}.
 
     Raises:
         FileNotFoundError: there is none.
@@ -250,7 +256,8 @@ def read_grid_file(folder: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{path}: cell {name!r} lists {seed!r}: {digest!r}, expected seed: 8 hex digits; {fix}"
                 )
-    return content
+    # A file of an earlier version has no groups.
+    return {"against": {}, "groups": {}, "results": "results", **content}
 
 
 def check_results_root(path: Path) -> None:
@@ -310,6 +317,27 @@ def _check_axis(key: str, values: Any) -> None:
         if text in seen:
             raise ValueError(f"grid axis {key!r} holds {value!r} twice in {list(values)!r}; give each value once")
         seen.add(text)
+
+
+def _check_table(grid: Grid, cells: Iterable[str]) -> None:
+    """Check what the grid says of its table: which rows are compared, and how they are grouped."""
+    named = [("against", name) for pair in grid.against.items() for name in pair]
+    named += [("groups", name) for group in grid.groups.values() for name in group]
+    for section, name in named:
+        if name not in cells:
+            raise ValueError(
+                f"grid.{section} names {name!r}, which is no cell of grid {grid.name!r}; {nearest(name, cells)}"
+            )
+    for name, other in grid.against.items():
+        if name in (other, grid.baseline):
+            raise ValueError(
+                f"grid.against compares {name!r} with {other!r}; expected a cell other than itself, and none for the "
+                "baseline, which differences refer to"
+            )
+    grouped = [name for section, name in named if section == "groups"]
+    repeated = next((name for index, name in enumerate(grouped) if name in grouped[:index]), None)
+    if repeated is not None:
+        raise ValueError(f"grid.groups names {repeated!r} twice; give each cell one group")
 
 
 def _add_cell(

@@ -9,7 +9,17 @@ from msv.ablation.statistics import CONFIDENCE
 
 Record = Mapping[str, Any]
 _NONE = "–"
-_SPOKEN_FOR = {"name", "train_images", "val_images", "test_images", "image_size", "num_classes", "in_chans", "note"}
+_SPOKEN_FOR = {
+    "name",
+    "train_images",
+    "val_images",
+    "test_images",
+    "image_size",
+    "num_classes",
+    "in_chans",
+    "note",
+    "test_split",
+}
 
 
 def render_markdown(table: Table) -> str:
@@ -21,7 +31,7 @@ def render_markdown(table: Table) -> str:
         _errors(table),
         "Trained, and made again with the records of finished runs, by\n\n"
         f"```\n{table.command}\n```\n\n"
-        f"and from the records alone by `python cli.py tables --grid {table.name}/{table.recipe}`.",
+        f"and from the records alone by `{table.again}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -31,22 +41,24 @@ def _head(table: Table) -> list[tuple[str, str]]:
     # What the numbers stand on are the finished runs; before there is one, the others say what is under way.
     used = [(cell, record) for cell, record in every if record["status"] == "done"] or every
     head = [
-        ("Data", _agreed(used, _data)),
+        ("Data", _agreed(used, describe_data)),
         ("Augmentation", _agreed(used, _augmentation)),
         ("Schedule", _agreed(used, _schedule)),
+        ("Cut short", _agreed(used, _limits) if any(map(_limits, (record for _, record in used))) else ""),
         ("Seeds", _seeds(table)),
         ("Commit", _agreed(used, lambda record: str(_section(record, "env").get("commit") or "unknown"))),
-        ("Machine", _agreed(used, _machine)),
+        ("Machine", _agreed(used, describe_machine)),
     ]
     notes = list(dict.fromkeys(note for _, record in used if (note := _section(record, "data").get("note"))))
     head += [("Note", str(note)) for note in notes]
+    head.append(("Trained in other grids", _taken_over(used)))
     recounted = [cell for cell in table.records if _disagree(used, cell)]
     if recounted:
         head.append(("Counts", f"the seeds of {', '.join(recounted)} disagree; those of the first finished seed stand"))
     head += [
         (
             "top-1, %",
-            "of the test split (val for the ImageNet layout), last epoch, EMA weights, never the best over epochs; "
+            f"of the {table.split} split, last epoch, EMA weights, never the best over epochs; "
             "mean ± sample standard deviation over the n finished seeds",
         ),
         (
@@ -55,11 +67,11 @@ def _head(table: Table) -> list[tuple[str, str]]:
             "classes. FLOPs in the paper's convention: a multiply-accumulate counts once",
         ),
     ]
-    if table.baseline is not None:
+    if _has_delta(table):
         level = f"{CONFIDENCE:.0%}"
         head += [
             (
-                f"Δ to `{table.baseline}`",
+                "Δ to the cell named beside it" if _has_own_references(table) else f"Δ to `{table.baseline}`",
                 f"difference in points, paired by seed, with Student's {level} interval (none of a single seed, or "
                 "where all seeds differ by the same)",
             ),
@@ -82,17 +94,30 @@ def _head(table: Table) -> list[tuple[str, str]]:
 
 
 def _body(table: Table) -> str:
-    delta, paper = table.baseline is not None, any(row.paper for row in table.rows)
+    """The rows, a table for each group of them, with what its rows answer."""
+    parts = []
+    for title, rows in table.groups.items():
+        parts += [f"## {title}"] if title else []
+        parts.append(_rows(table, rows))
+        answers = [f"- `{row.cell}`: {row.answers}" for row in rows if row.answers]
+        parts += ["\n".join(answers)] if answers else []
+    return "\n\n".join(parts)
+
+
+def _rows(table: Table, rows: Sequence[Row]) -> str:
+    delta, paper = _has_delta(table), any(row.paper for row in rows)
     titles = ["cell", *table.toggles, "status", "params, M", "GFLOPs", "params as trained, M", "GFLOPs as trained"]
     titles += ["top-1, %", "n"]
+    titles += ["Δ to"] if _has_own_references(table) else []
     titles += ["Δ, points", "differs"] if delta else []
     titles += ["*paper: params, M*", "*paper: GFLOPs*", "*paper: top-1, % (ImageNet, 100 epochs)*"] if paper else []
     lines = []
-    for row in table.rows:
+    for row in rows:
         values = [f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell]
         values += [format_value(row.toggles[name]) if name in row.toggles else _NONE for name in table.toggles]
         values += [row.status, _number(row.params_m, 3), _number(row.gflops_fvcore, 3)]
         values += [_number(row.params_trained_m, 3), _number(row.gflops_trained, 4), _top1(row), str(row.n)]
+        values += [row.against or _NONE] if _has_own_references(table) else []
         if delta:
             values += [_delta(row), _NONE if row.differs is None else "yes" if row.differs else "no"]
         if paper:
@@ -102,6 +127,15 @@ def _body(table: Table) -> str:
         lines.append(values)
     words = 2 + len(table.toggles)  # left-aligned: names and states; the rest are numbers
     return aligned(titles, lines, words)
+
+
+def _has_delta(table: Table) -> bool:
+    return any(row.against is not None for row in table.rows)
+
+
+def _has_own_references(table: Table) -> bool:
+    """Whether some row's difference refers to another cell than the baseline."""
+    return any(row.against not in (None, table.baseline) for row in table.rows)
 
 
 def aligned(titles: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
@@ -147,7 +181,8 @@ def _section(record: Record, name: str) -> Mapping[str, Any]:
     return record.get(name) or {}
 
 
-def _data(record: Record) -> str:
+def describe_data(record: Record) -> str:
+    """A record's data in a line: name, images, classes."""
     data = _section(record, "data")
     splits = [f"{data[f'{split}_images']:,} {split}" for split in ("train", "val", "test") if f"{split}_images" in data]
     size = f"{data.get('in_chans', '?')}×{data.get('image_size', '?')}×{data.get('image_size', '?')}"
@@ -162,14 +197,20 @@ def _augmentation(record: Record) -> str:
 
 
 def _schedule(record: Record) -> str:
-    schedule = dict(_section(record, "schedule"))
+    schedule = {key: value for key, value in _section(record, "schedule").items() if key != "limits"}
     epochs, batch = schedule.pop("epochs", "?"), schedule.pop("global_batch_size", "?")
     lr, precision = schedule.pop("lr", "?"), schedule.pop("precision", "?")
     rest = "".join(f", {key} {format_value(value)}" for key, value in schedule.items())
     return f"{epochs} epochs, batch {batch}, lr {lr}, precision {precision}{rest}"
 
 
-def _machine(record: Record) -> str:
+def _limits(record: Record) -> str:
+    limits = _section(record, "schedule").get("limits") or {}
+    return ", ".join(f"{key} {format_value(value)}" for key, value in limits.items())
+
+
+def describe_machine(record: Record) -> str:
+    """Where a record's run took place, in a line: device, versions."""
     env = dict(_section(record, "env"))
     env.pop("commit", None)
     device, cpu, threads = env.pop("device", None) or "unknown device", env.pop("cpu", None), env.pop("threads", None)
@@ -186,6 +227,12 @@ def _seeds(table: Table) -> str:
     if len(versions) == 1:
         return next(iter(versions))
     return "; ".join(f"{seeds} ({', '.join(f'`{cell}`' for cell in cells)})" for seeds, cells in versions.items())
+
+
+def _taken_over(used: Sequence[tuple[str, Record]]) -> str:
+    """Cells whose runs another grid has trained, with the names they have there."""
+    found = {cell: record["trained_as"] for cell, record in used if record.get("trained_as")}
+    return ", ".join(f"`{cell}` as `{name}`" for cell, name in found.items())
 
 
 def _disagree(used: Sequence[tuple[str, Record]], cell: str) -> bool:

@@ -52,7 +52,7 @@ def plot_accuracy(table: Table) -> bytes | None:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("GFLOPs as trained (a multiply-accumulate counts once)")
-        axes.set_ylabel("test top-1, % (last epoch, EMA)")
+        axes.set_ylabel(f"{table.split} top-1, % (last epoch, EMA)")
         axes.set_title(f"{table.name} · {table.recipe} · {_seeds(rows)}", fontsize=11, loc="left")
         axes.ticklabel_format(useOffset=False)
         _label(

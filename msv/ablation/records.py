@@ -73,15 +73,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def find_records(grid_folder: Path) -> list[Path]:
-    """All ``record.json`` files of a grid's folder, those of earlier configurations included, in sorted order.
-
-    Args:
-        grid_folder: ``results/<grid>/<recipe>``.
-    """
-    return sorted(Path(grid_folder).glob(f"*/seed*-*/{RECORD_NAME}"))
-
-
 def _problem(record: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a record, None if nothing is."""
     for key, kind in _IDENTITY.items():

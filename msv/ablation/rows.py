@@ -24,6 +24,9 @@ class Row:
         difference: to the baseline in points; None of the baseline itself.
         p_holm: p-value after Holm's correction over the table's rows.
         paper: the paper's row of the same network.
+        against: the cell that the difference refers to; None without one.
+        group: heading under which the row stands, "" for none.
+        answers: what the row answers, "" where nothing is said.
     """
 
     cell: str
@@ -37,6 +40,9 @@ class Row:
     difference: Difference | None
     p_holm: float | None
     paper: PaperRow | None
+    against: str | None = None
+    group: str = ""
+    answers: str = ""
 
     @property
     def n(self) -> int:
@@ -79,8 +85,9 @@ class Table:
         baseline: cell that differences refer to.
         command: what a user types to run the grid.
         toggles: their short names, in column order.
-        rows: one a cell.
+        rows: one a cell, those of one group together.
         records: cell -> seed -> record; None where a run left none.
+        again: what a user types to make the table again from the records.
     """
 
     name: str
@@ -90,6 +97,22 @@ class Table:
     toggles: Sequence[str]
     rows: Sequence[Row]
     records: Mapping[str, Mapping[int, Mapping[str, Any] | None]]
+    again: str = "python cli.py tables"
+
+    @property
+    def split(self) -> str:
+        """The split that top-1 is of: "test", "val", or both where the records disagree."""
+        runs = [record for cell in self.records.values() for record in cell.values() if record is not None]
+        splits = {(record.get("data") or {}).get("test_split", "test") for record in runs}
+        return " or ".join(sorted(splits)) or "test"
+
+    @property
+    def groups(self) -> dict[str, list[Row]]:
+        """Rows by the heading under which they stand, in order."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.group, []).append(row)
+        return found
 
 
 def _millions(count: int | None) -> float | None:

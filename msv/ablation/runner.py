@@ -23,6 +23,7 @@ from msv.ablation.check import check_runs, check_same_data, resolve_all
 from msv.ablation.grid import Run, check_results_root, grid_folder, selected, write_grid_file
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.ablation.tables import make_table
+from msv.ablation.twins import find_twins, take_over
 from msv.experiment import LAST, ExperimentCLI
 from msv.files import write_atomic
 from msv.grid_section import Grid
@@ -65,7 +66,7 @@ def run_grid(cli: ExperimentCLI) -> int:
     """Carry out the ``grid:`` section of a parsed ``fit``.
 
     Returns:
-        Exit status: 0, 1 if a run failed, or 130 if stopped by a signal.
+        Exit status: 0, 1 if a run failed, now or earlier, or 130 if stopped by a signal.
 
     Raises:
         ValueError: a cell, a record or a checkpoint is not right; nothing has been trained.
@@ -88,6 +89,7 @@ def run_grid(cli: ExperimentCLI) -> int:
     check_runs(todo, fresh=grid.rerun == "all")
     if grid.rerun != "all":
         check_same_data([run for run in chosen if (run.folder / RECORD_NAME).is_file()])
+    twins = {} if grid.rerun == "all" else find_twins(todo)
     folder = grid_folder(grid, chosen[0].recipe)
     write_grid_file(grid, runs, command(cli.words))
 
@@ -96,7 +98,7 @@ def run_grid(cli: ExperimentCLI) -> int:
     try:
         for number, run in enumerate(chosen, start=1):
             if run in todo:
-                _run_one(console, cli, grid, run, number, tally)
+                _run_one(console, cli, grid, run, number, tally, twins.get(run.folder))
                 _write_table(console, folder)
             else:
                 _skip(console, run, number, tally)
@@ -112,7 +114,9 @@ def run_grid(cli: ExperimentCLI) -> int:
     return 1 if tally.failed else 0
 
 
-def _run_one(console: Console, cli: ExperimentCLI, grid: Grid, run: Run, number: int, tally: Tally) -> None:
+def _run_one(
+    console: Console, cli: ExperimentCLI, grid: Grid, run: Run, number: int, tally: Tally, twin: Path | None
+) -> None:
     try:
         with cell_process.run_lock(_made(run.folder.parent) / run.folder.name).acquire(timeout=0):
             if grid.rerun != "all" and _state(run) == "done":  # another process finished it meanwhile
@@ -120,6 +124,11 @@ def _run_one(console: Console, cli: ExperimentCLI, grid: Grid, run: Run, number:
                 return
             if grid.rerun == "all" and run.folder.exists():
                 run.folder.rename(_old_name(run.folder))
+            if twin is not None and not run.folder.exists():
+                trained_as = take_over(run, twin)
+                console.print(f"cell {number}/{tally.total} {title(run)}: taken over, trained as {trained_as}")
+                tally.done += 1
+                return
             resumed = (run.folder / LAST).is_file()
             _prepare(cli, run)
     except Timeout:
@@ -247,6 +256,8 @@ def _skip(console: Console, run: Run, number: int, tally: Tally) -> None:
         if seconds:
             tally.seconds += seconds
             tally.timed += 1
+    elif state == "failed":
+        tally.failed += 1
     else:
         tally.skipped += 1
 

@@ -6,6 +6,7 @@ Nothing here knows of the clock or of a run's memory: the same records give the 
 import argparse
 import csv
 import io
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,18 +69,21 @@ def load_table(folder: Path) -> Table:
     """Read a grid's current records and compute its rows; see `make_table` for the errors."""
     listed = read_grid_file(folder)
     records: dict[str, dict[int, dict[str, Any] | None]] = {
-        name: {seed: _current_record(folder, name, seed, digest) for seed, digest in sorted(cell["runs"].items())}
+        name: {seed: current_record(folder, name, seed, digest) for seed, digest in sorted(cell["runs"].items())}
         for name, cell in listed["cells"].items()
     }
     top1 = {name: _done(runs, "test_top1") for name, runs in records.items()}
     baseline = listed["baseline"]
-    against = top1.get(baseline, {})
-    differences = {name: paired_difference(top1[name], against) if name != baseline else None for name in records}
+    against = {name: listed["against"].get(name, baseline if name != baseline else None) for name in records}
+    differences = {name: paired_difference(top1[name], top1.get(other, {})) for name, other in against.items()}
     tested = [difference.p if difference else None for difference in differences.values()]
     corrected = dict(zip(differences, holm(tested), strict=True))
 
+    groups = {name: title for title, cells in listed["groups"].items() for name in cells}
+    titles = ["", *listed["groups"]]
     rows = []
-    for name, runs in records.items():
+    for name in sorted(records, key=lambda name: titles.index(groups.get(name, ""))):
+        runs = records[name]
         known = [record for record in runs.values() if record is not None]
         # Numbers come from finished runs first: a failed one may be of an earlier commit.
         known.sort(key=lambda record: record["status"] != "done")
@@ -98,6 +102,9 @@ def load_table(folder: Path) -> Table:
                 difference=differences[name],
                 p_holm=corrected[name],
                 paper=paper_row(network),
+                against=against[name],
+                group=groups.get(name, ""),
+                answers=listed["groups"].get(groups.get(name, ""), {}).get(name, ""),
             )
         )
     return Table(
@@ -108,7 +115,20 @@ def load_table(folder: Path) -> Table:
         toggles=listed["toggles"],
         rows=rows,
         records=records,
+        again=_command_again(folder, listed),
     )
+
+
+def is_kept(folder: Path, listed: Mapping[str, Any]) -> bool:
+    """Whether a folder with this ``grid.yaml`` is a published one, ``<measured>/<recipe>/<grid>``."""
+    return (folder.parent.name, folder.name) == (listed["recipe"], listed["name"])
+
+
+def _command_again(folder: Path, listed: Mapping[str, Any]) -> str:
+    if is_kept(folder, listed):
+        return "python cli.py tables --all"
+    command = f"python cli.py tables --grid {listed['name']}/{listed['recipe']}"
+    return command if listed["results"] == "results" else f"{command} --results {shlex.quote(listed['results'])}"
 
 
 def render_csv(table: Table) -> str:
@@ -147,6 +167,9 @@ def _csv_fields(row: Row) -> dict[str, str]:
         "differs": "" if row.differs is None else format_value(row.differs),
         "top1_raw_mean": _fixed(row.top1_raw_mean, 2),
         "paper_tables": "; ".join(paper.tables) if paper else "",
+        "delta_to": row.against or "",
+        "group": row.group,
+        "answers": row.answers,
     }
 
 
@@ -155,7 +178,8 @@ def _fixed(value: float | None, digits: int) -> str:
     return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _current_record(folder: Path, cell: str, seed: int, digest: str) -> dict[str, Any] | None:
+def current_record(folder: Path, cell: str, seed: int, digest: str) -> dict[str, Any] | None:
+    """The record of a run that a grid lists, None where it has left none; ValueError if it is another run's."""
     path = run_folder(folder, cell, seed, digest) / RECORD_NAME
     if not path.is_file():
         return None
@@ -185,6 +209,17 @@ def _status(runs: Mapping[int, Mapping[str, Any] | None]) -> str:
     return ", ".join(f"{states[state]} {state}" for state in _STATES if states[state])
 
 
+def add_grid_option(parser: argparse._ActionsContainer) -> None:
+    """Add ``--grid`` to a command that works on grids with results."""
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="grids, as NAME or NAME/RECIPE (default: all there are)",
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """``tables``: make the tables of grids again from their records, without training.
 
@@ -202,19 +237,26 @@ def main(argv: Sequence[str]) -> int:
         prog="cli.py tables",
         description="Make the tables and plots of grids again from their records, without training.",
     )
-    parser.add_argument(
-        "--grid",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="grids, as NAME or NAME/RECIPE (default: all there are)",
+    chosen = parser.add_mutually_exclusive_group()
+    add_grid_option(chosen)
+    chosen.add_argument(
+        "--all",
+        action="store_true",
+        help="everything that is published: the tables of kept records, counts of every grid, the paper's comparison, "
+        "and README.md as their index",
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
 
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    if arguments.all:
+        from msv.ablation.index import write_all  # counts build networks, which no other table needs
+
+        for written in write_all(arguments.results):
+            console.print(f"wrote {written}")
+        return 0
     problems = []
-    for folder in _grid_folders(arguments.results, arguments.grid):
+    for folder in grid_folders(arguments.results, arguments.grid):
         try:
             paths = make_table(folder)
         except (OSError, ValueError) as error:
@@ -229,7 +271,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _grid_folders(results: Path, names: Sequence[str] | None) -> list[Path]:
+def grid_folders(results: Path, names: Sequence[str] | None) -> list[Path]:
+    """Folders of the grids in a results folder: all, or those named as NAME or NAME/RECIPE.
+
+    Raises:
+        FileNotFoundError: there are none at all.
+        ValueError: a name that no grid has.
+    """
     if results.exists() and not results.is_dir():
         raise NotADirectoryError(f"results folder {results} is a file, expected a folder; choose another --results")
     found = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in results.glob(f"*/*/{GRID_FILE}")}

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -105,6 +105,11 @@ class ImageData(LightningDataModule, ABC):
     def augmentation(self) -> dict[str, Any]:
         """The settings of the training images' augmentation, as JSON values."""
 
+    @property
+    def test_split(self) -> Literal["test", "val"]:
+        """The split that `test` and the tables' top-1 are of."""
+        return "test"
+
     def note(self) -> str | None:
         """One sentence that tables of this data must carry, if there is one."""
         return None
@@ -139,6 +144,7 @@ class ImageData(LightningDataModule, ABC):
             "train_images": len(self.splits.train),
             "val_images": len(self.splits.val),
             "test_images": len(self.splits.test),
+            "test_split": self.test_split,
             "image_size": self.image_size,
             "num_classes": self.num_classes,
             "in_chans": self.in_chans,

@@ -205,6 +205,11 @@ class ImageFolder(ImageData):
             "crop_pct": self.crop_pct,
         }
 
+    @property
+    def test_split(self) -> Literal["test", "val"]:
+        """`test` where there is such a folder, else `val`."""
+        return "test" if self.has_test else "val"
+
     def note(self) -> str | None:
         """What test means here, where it is not a split of its own."""
         return None if self.has_test else "top-1 is of the val split; there is no test split"

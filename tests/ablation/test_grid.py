@@ -103,6 +103,17 @@ def test_toggle_names_are_the_shortest_that_tell_apart():
             {"cells": {"plain": {}}, "only": ["plain", "plane"]},
             "'plane', which is no cell of grid 'g'; did you mean plain?",
         ),
+        (
+            {"cells": {"plain": {}}, "against": {"plain": "plane"}},
+            "grid.against names 'plane', which is no cell of grid 'g'; did you mean plain?",
+        ),
+        ({"cells": {"a": {}}, "against": {"a": "a"}}, "grid.against compares 'a' with 'a'; expected a cell other"),
+        (
+            {"cells": {"a": {}, "b": {}}, "against": {"a": "b"}, "baseline": "a"},
+            "grid.against compares 'a' with 'b'; expected a cell other than itself, and none for the baseline",
+        ),
+        ({"cells": {"plain": {}}, "groups": {"x": {"plane": ""}}}, "grid.groups names 'plane', which is no cell"),
+        ({"cells": {"a": {}}, "groups": {"x": {"a": ""}, "y": {"a": ""}}}, "grid.groups names 'a' twice"),
         ({"cells": {"a": {}}, "seeds": []}, "grid.seeds is empty"),
         ({"cells": {"a": {}}, "seeds": [0, 1, 0]}, "grid.seeds holds 0 twice in [0, 1, 0]"),
         ({"cells": {"a": {}}, "seeds": [-1]}, "grid.seeds holds -1; expected whole numbers"),

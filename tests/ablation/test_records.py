@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msv.ablation.records import find_records, read_record, write_record
+from msv.ablation.records import read_record, write_record
 
 
 def a_record(**changes):
@@ -88,11 +88,3 @@ def test_foreign(tmp_path, content, message):
 def test_no_record(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_record(tmp_path / "record.json")
-
-
-def test_find_records(tmp_path):
-    for name in ("b/seed0-00000001", "a/seed1-00000002", "a/seed0-00000003"):
-        write_record(tmp_path / name / "record.json", a_record())
-    (tmp_path / "a" / "seed2-00000004").mkdir()
-    found = [path.parent.relative_to(tmp_path).as_posix() for path in find_records(tmp_path)]
-    assert found == ["a/seed0-00000003", "a/seed1-00000002", "b/seed0-00000001"]

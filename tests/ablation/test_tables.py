@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -35,10 +36,11 @@ def base():
     }
 
 
-def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", **changes):
+def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", against=None, groups=None, **changes):
     """Write a grid and records as if trained: full_scans -> top-1 by seed (None: a missing run, str: a status)."""
     seeds = list(range(max(len(values) for values in accuracies.values())))
-    grid = Grid(name, axes={SCANS: list(accuracies)}, seeds=seeds, baseline=baseline, results=str(root))
+    grid = Grid(name, axes={SCANS: list(accuracies)}, seeds=seeds, baseline=baseline, results=str(root),
+                against=against or {}, groups=groups or {})  # fmt: skip
     runs = resolve_runs(grid, base())
     write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
     for run in runs:
@@ -115,6 +117,9 @@ def test_columns_and_numbers_of_the_csv(tmp_path):
         "differs": "false",
         "top1_raw_mean": "70.33",
         "paper_tables": "Table 5",
+        "delta_to": "full_scans=1",
+        "group": "",
+        "answers": "",
     }
     assert four == expected
     assert (one["delta_mean"], one["delta_n"], one["p_holm"], one["differs"]) == ("", "", "", "")
@@ -147,6 +152,57 @@ def test_one_seed_has_no_interval(tmp_path):
     assert (four["n"], four["p_holm"], four["differs"]) == ("1", "", "")
     assert markdown_rows(folder)[1]["Δ, points"] == "0.00"
     assert markdown_rows(folder)[1]["differs"] == "–"
+
+
+def test_a_row_against_another_than_the_baseline(tmp_path):
+    folder = fabricate(
+        tmp_path, {1: [0.70], 2: [0.75], 3: [0.76]}, against={"full_scans=3": "full_scans=2"}, baseline="full_scans=1"
+    )
+    text = make_table(folder).markdown.read_text()
+    one, two, three = read_csv(folder)
+    assert [row["delta_to"] for row in (one, two, three)] == ["", "full_scans=1", "full_scans=2"]
+    assert [row["delta_mean"] for row in (one, two, three)] == ["", "5.00", "1.00"]
+    assert markdown_rows(folder)[2]["Δ to"] == "full_scans=2"
+    assert "**Δ to the cell named beside it**" in text
+
+
+def test_groups_are_tables_of_their_own_with_what_their_rows_answer(tmp_path):
+    groups = {"The paper's rows": {"full_scans=2": "two"}, "Controls": {"full_scans=1": "one", "full_scans=9": "x"}}
+    with pytest.raises(ValueError, match=r"grid.groups names 'full_scans=9', which is no cell .*full_scans="):
+        fabricate(tmp_path, {1: [0.70], 2: [0.75], 3: [0.76]}, groups=groups)
+    del groups["Controls"]["full_scans=9"]
+    folder = fabricate(
+        tmp_path,
+        {1: [0.70], 2: [0.75], 3: [0.76]},
+        groups=groups,
+        **{"1-0": {"network": {"class_path": "x", "init_args": {}}}},
+    )
+    text = make_table(folder).markdown.read_text()
+    # Without a group first, then the groups in the order of the YAML.
+    assert [row["full_scans"] for row in read_csv(folder)] == ["3", "2", "1"]
+    assert [row["group"] for row in read_csv(folder)] == ["", "The paper's rows", "Controls"]
+    assert [row["answers"] for row in read_csv(folder)] == ["", "two", "one"]
+    first, paper, controls = re.split(r"^## .*\n", text, flags=re.MULTILINE)
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == list(groups)
+    assert "- `full_scans=2`: two\n" in paper
+    assert "- `full_scans=1`: one\n" in controls
+    # Where no row is printed in the paper there are no columns for it.
+    assert ["*paper: params, M*" in part for part in (first, paper, controls)] == [True, True, False]
+
+
+def test_what_cuts_a_run_short_and_the_split_are_told(tmp_path):
+    short = {
+        "schedule": {"epochs": 3, "global_batch_size": 64, "limits": {"max_steps": 7, "limit_test_batches": 2}},
+        "data": {**DATA, "test_split": "val"},
+    }
+    folder = fabricate(tmp_path, {1: [0.7], 4: [0.8]}, **{"1-0": short})
+    text = make_table(folder).markdown.read_text()
+    assert "**Schedule**: **the records disagree**: 3 epochs, batch 64, lr ?, precision ? (`full_scans=1`); 30" in text
+    assert "**Cut short**: **the records disagree**: max_steps 7, limit_test_batches 2 (`full_scans=1`); –" in text
+    assert "of the test or val split, last epoch" in text
+    text = make_table(fabricate(tmp_path / "whole", {1: [0.7]})).markdown.read_text()
+    assert "Cut short" not in text
+    assert "of the test split, last epoch" in text
 
 
 def test_failed_missing_and_mixed_cells(tmp_path):
@@ -203,7 +259,7 @@ def test_the_head_says_what_the_numbers_are(tmp_path):
         "Holm's correction",
         "ImageNet-1K, 100 epochs",
         "```\npython cli.py fit --config experiments/g.yaml\n```",
-        "`python cli.py tables --grid g/digits`",
+        f"`python cli.py tables --grid g/digits --results {tmp_path}`",
     ):
         assert phrase in text
     assert "disagree" not in text

@@ -58,6 +58,19 @@ CELLS = {
         "vmamba_nano": 4_435_288, "ms2d_paper_depth": 4_790_200, "ms2d_equal_depth": 4_196_632,
         "vmamba_deeper": 5_068_600,
     },
+    "controls_components": {
+        "vmamba_nano": 4_435_288, "ms2d": 4_790_200, "ms2d_se": 5_329_336, "ms2d_se_ffn": 6_556_552,
+        "msvmamba_nano": 6_864_136, "ms2d_equal_depth": 4_196_632, "vmamba_deeper": 5_068_600,
+        "ms2d_se_equal_depth": 4_659_736, "ms2d_ffn_equal_depth": 6_093_448, "ms2d_n1_equal_depth": 4_047_448,
+        "msvmamba_equal_depth": 6_407_368,
+        "vmamba_se": 4_898_392, "vmamba_ffn": 6_332_104, "vmamba_n1": 4_136_920,
+    },
+    "controls_scans": {
+        "full_scans=0": 5_068_600, "full_scans=1": 4_790_200, "full_scans=2": 5_039_800, "full_scans=3": 5_289_400,
+        "full_scans=4": 5_068_600, "full_scans=1,reset": 4_790_200, "full_scans=1,separate": 5_289_400,
+        "full_scans=2,reset": 5_039_800, "full_scans=2,separate": 5_289_400,
+        "full_scans=1,d_state=1": 4_604_728, "full_scans=1,d_state=4": 4_684_216, "full_scans=1,d_state=16": 5_002_168,
+    },
 }  # fmt: skip
 
 
@@ -237,6 +250,12 @@ def test_help_is_quiet(words):
     assert done.stderr == ""
     assert "eprecat" not in done.stdout
     assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["tables", "keep"])
+def test_there_is_nothing_to_make_tables_of_or_to_keep(run, tmp_path, command):
+    one_error(run(command, "--results", str(tmp_path)), r"no grid has results in .*run one first")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Bad input.

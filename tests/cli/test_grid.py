@@ -15,7 +15,9 @@ import torch
 import yaml
 
 from msv.ablation.cell import one_line, run_lock
+from msv.ablation.grid import Cell, Run
 from msv.ablation.runner import command, duration
+from msv.ablation.twins import find_twins
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "configs"
@@ -137,7 +139,9 @@ def test_a_failing_cell_and_all_that_follows(run, tmp_path):
     works = records["works"]
     assert set(works["metrics"]) == {f"test_{name}{raw}" for name in ("top1", "top5", "loss") for raw in ("", "_raw")}
     assert [row["epoch"] for row in works["history"]] == [0, 1]
-    assert works["schedule"] == {"epochs": 2, "global_batch_size": 32, "lr": 0.001, "precision": "32-true"}
+    limits = {"limit_train_batches": 4, "limit_val_batches": 2, "limit_test_batches": 2}
+    schedule = {"epochs": 2, "global_batch_size": 32, "lr": 0.001, "precision": "32-true", "limits": limits}
+    assert works["schedule"] == schedule
     assert works["network"]["init_args"]["drop_path_rate"] == 0.2
     assert works["counts"]["params"] > works["counts"]["params_trained"]
     assert works["toggles"] == {"lr": 0.001, "lr_batch_size": None, "eps": 1e-08}
@@ -158,8 +162,9 @@ def test_a_failing_cell_and_all_that_follows(run, tmp_path):
         return {c for c, r in records.items() if (r["folder"] / "record.json").stat().st_mtime_ns != times[c]}
 
     status, out, _ = run(*words, "--grid.rerun", "none")
-    assert (status, changed()) == (0, set())
+    assert (status, changed()) == (1, set())
     assert "cell 1/3 explodes seed 0: failed, skipped" in out
+    assert "2 of 3 done, 1 failed" in out
 
     status, out, _ = run(*words)
     assert (status, changed()) == (1, {"explodes"})
@@ -289,6 +294,45 @@ def test_a_finished_run_on_other_data_is_not_passed_off_as_this_one(run, straigh
     assert "name 'ImageNet layout: flowers', now 'digits'; train_images 12, now 1077" in err
     assert "--grid.recipe NAME" in err
     assert json.loads(path.read_text()) == content
+
+
+def test_a_run_that_another_grid_has_trained_is_taken_over(run, straight, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(straight["folder"].parents[3], results)
+    trained = record(results, "full_scans=1")
+    before = (trained["folder"] / "record.json").read_bytes()
+    grid = tmp_path / "other.yaml"
+    grid.write_text(yaml.safe_dump({"grid": {"name": "other", "axes": {}, "cells": {"same": {}}, "baseline": "same"}}))
+    words = fit(results, "--config", str(grid), "--grid.recipe", "quick", "--trainer.max_epochs", "6")
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert "cell 1/1 same seed 0: taken over, trained as tiny/quick/full_scans=1" in out
+    same = record(results, "same", grid="other")
+    assert (same["grid"], same["cell"], same["toggles"]) == ("other", "same", {})
+    assert same["trained_as"] == "tiny/quick/full_scans=1"
+    kept = {"metrics", "history", "counts", "env", "timing", "command", "config_hash"}
+    assert {key: same[key] for key in kept} == {key: trained[key] for key in kept}
+    assert same["folder"].name == trained["folder"].name
+    assert (same["folder"] / "last.ckpt").read_bytes() == (trained["folder"] / "last.ckpt").read_bytes()
+    assert (trained["folder"] / "record.json").read_bytes() == before
+    text = (results / "other/quick/table.md").read_text()
+    assert "same (baseline)" in text
+    assert "- **Trained in other grids**: `same` as `tiny/quick/full_scans=1`\n" in text
+
+    # Not under another recipe, and not where the data are others by now.
+    assert find_twins([*_runs(same, results, recipe="else")]) == {}
+    path = trained["folder"] / "record.json"
+    path.write_text(json.dumps(json.loads(before) | {"data": {**trained["data"], "train_images": 12}}))
+    shutil.rmtree(same["folder"])
+    assert find_twins([*_runs(same, results)]) == {}
+    path.write_bytes(before)
+    assert find_twins([*_runs(same, results)]) == {same["folder"]: trained["folder"]}
+
+
+def _runs(of: dict, results: Path, recipe: str = "quick"):
+    config = yaml.safe_load((results / "tiny/quick/full_scans=1" / of["folder"].name / "config.yaml").read_text())
+    folder = results / "other" / recipe / "same" / of["folder"].name
+    yield Run("other", recipe, Cell("same", {}, {}), 0, config, of["config_hash"], folder)
 
 
 def test_a_lock_is_seen_from_another_process(tmp_path):

@@ -73,6 +73,7 @@ def test_splits_and_batches(imagenet):
     summary = json.loads(json.dumps(data.summary()))
     assert [summary[f"{split}_images"] for split in ("train", "val", "test")] == [24, 9, 9]
     assert "val split" in summary["note"]
+    assert summary["test_split"] == "val"
     assert summary["augmentation"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
     assert summary["augmentation"]["color_jitter"] is None
 
@@ -82,7 +83,7 @@ def test_a_test_folder_is_the_test_split(copy):
     (copy / "test" / CLASSES[0] / "ILSVRC2012_val_00000000.JPEG").unlink()
     data = make(copy)
     assert len(data.splits.test) == 8
-    assert data.summary()["note"] is None
+    assert (data.summary()["note"], data.summary()["test_split"]) == (None, "test")
 
 
 def test_training_transform_is_the_published_recipe(imagenet):
