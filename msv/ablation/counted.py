@@ -15,8 +15,8 @@ from msv.ablation.grid import Run
 from msv.ablation.markdown import aligned
 from msv.ablation.names import format_value, toggle_names
 from msv.ablation.paper import PaperRow, paper_row
-from msv.experiment import SHIPPED, ExperimentCLI
-from msv.files import write_atomic
+from msv.experiment import ExperimentCLI
+from msv.files import EXPERIMENTS, write_atomic
 from msv.grid_section import Grid
 from msv.profiling import count
 
@@ -56,7 +56,7 @@ class CountedRow:
 
 def shipped_grids() -> list[Path]:
     """The YAML files of `experiments/` that compare networks."""
-    return sorted(path for path in SHIPPED.glob("*.yaml") if path.stem != "train")
+    return sorted(path for path in EXPERIMENTS.glob("*.yaml") if path.stem != "train")
 
 
 def count_grid(file: Path) -> tuple[list[str], list[CountedRow]]:
