@@ -79,7 +79,7 @@ TABLE_6: dict[str, float] = {
 }
 
 # Table 7, row by row as printed: layer, output size, Nano, Micro, Tiny.
-TABLE_7: tuple[tuple[str, str, str, str, str], ...] = (
+TABLE_7: tuple[tuple[str, ...], ...] = (
     ("stem", "56×56", *(f"conv 4×4, {dim}, stride 4" for dim in (48, 64, 96))),
     ("stage 1", "28×28", *(f"MS3×1; conv 2×2, {dim}, stride 2" for dim in (96, 128, 192))),
     ("stage 2", "14×14", *(f"MS3×2; conv 2×2, {dim}, stride 2" for dim in (192, 256, 384))),

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from msv.ablation.rows import Row, Table
@@ -36,12 +37,14 @@ class Point:
         x: where it lies.
         y: where it lies.
         spread: length of its error bar, up and down.
+        colour: of the label.
     """
 
     name: str
     x: float
     y: float
     spread: float = 0.0
+    colour: str = "black"
 
 
 def plot_accuracy(table: Table) -> bytes | None:
@@ -113,13 +116,16 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"{span} seeds, bars: standard deviation"
 
 
-def label_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+def label_points(
+    figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Sequence[tuple[float, float]]] = ()
+) -> None:
     """Name the points, each label where it covers the least of what is drawn and lies nearest to its own point.
 
     Args:
         figure: laid out, on a canvas of its own.
         axes: whose limits and scales are settled.
         points: those without a name are only kept clear of labels.
+        lines: drawn, each through these (x, y): labels keep clear of them, too.
     """
     from matplotlib.text import Text
 
@@ -133,6 +139,8 @@ def label_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
         (x, low), (_, middle), (_, high) = axes.transData.transform(ends)
         taken.append((x - 9, low - 9, x + 9, high + 9))
         places.append((x, middle))
+    for line in lines:
+        taken += _dots([axes.transData.transform(end) for end in line])
     for point, own in zip(points, places, strict=True):
         if not point.name:
             continue
@@ -161,10 +169,22 @@ def _annotate(axes: Any, point: Point, x: float, y: float, horizontal: str, vert
         ha=horizontal,
         va=vertical,
         fontsize=8,
+        color=point.colour,
         arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 4} if far else None,
     )
     label.set_in_layout(False)
     return label
+
+
+def _dots(line: Sequence[tuple[float, float]], width: float = 6.0) -> list[Sequence[float]]:
+    """Boxes along a line of the page, as far apart as they are wide, in pixels."""
+    boxes: list[Sequence[float]] = []
+    for (x, y), (to_x, to_y) in pairwise(line):
+        count = int(math.hypot(to_x - x, to_y - y) / width)
+        for number in range(1, count):
+            at_x, at_y = x + (to_x - x) * number / count, y + (to_y - y) * number / count
+            boxes.append((at_x - width / 2, at_y - width / 2, at_x + width / 2, at_y + width / 2))
+    return boxes
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
