@@ -125,8 +125,8 @@ def render_markdown(rows: Sequence[Table6Row]) -> str:
         ),
         (
             "paper",
-            "printed in Table 6 of arXiv 2405.14174: batch 128, 224×224, one RTX 2080 Ti, the published code; it does "
-            "not say in which precision. Its ratios may be compared with those here, its images a second may not",
+            "printed in Table 6 of arXiv 2405.14174: batch 128, 224×224, one RTX 2080 Ti; it does not say in "
+            "which precision. Its ratios may be compared with those here, its images a second may not",
         ),
     ]
     return page(
