@@ -32,6 +32,13 @@ def benchmark(argv: list[str]) -> int:
     return main(argv) or 0
 
 
+def compare(argv: list[str]) -> int:
+    """The paper's comparison of whole systems: Tables 1, 6 and 7, Fig. 1."""
+    from msv.comparison.command import main
+
+    return main(argv)
+
+
 def cell(argv: list[str]) -> int:
     """Carry out one run of a grid in this process."""
     from msv.ablation.cell import main
@@ -56,6 +63,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "keep": keep,
     "profile": profile,
     "benchmark": benchmark,
+    "compare": compare,
     "cell": cell,
 }
 

@@ -12,7 +12,7 @@ import torch
 
 from msv.ablation.check import resolve_all
 from msv.ablation.grid import Run
-from msv.ablation.markdown import aligned
+from msv.ablation.markdown import pipe_table
 from msv.ablation.names import format_value, toggle_names
 from msv.ablation.paper import PaperRow, paper_row
 from msv.experiment import ExperimentCLI
@@ -163,7 +163,7 @@ def _table(toggles: Sequence[str], rows: Sequence[CountedRow]) -> str:
             printed = [f"*{row.paper.params_m:.1f}*", f"*{row.paper.gflops:.2f}*", alike] if row.paper else [_NONE] * 3
             line += printed
         lines.append(line)
-    return aligned(titles, lines, words=1 + len(toggles))
+    return pipe_table(titles, lines, words=1 + len(toggles))
 
 
 def _values(toggles: Sequence[str], row: CountedRow, none: str) -> list[str]:

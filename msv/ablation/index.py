@@ -7,7 +7,7 @@ from typing import Any
 
 from msv.ablation.counted import shipped_grids, write_counts
 from msv.ablation.grid import GRID_FILE
-from msv.ablation.markdown import aligned, describe_data, describe_machine
+from msv.ablation.markdown import describe_data, machine, pipe_table
 from msv.ablation.rows import Table
 from msv.ablation.tables import load_table, make_table
 from msv.files import write_atomic
@@ -96,17 +96,17 @@ def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
                 _told(describe_data(record) for record in done),
                 f"{len(done)} of {len(runs)}",
                 _told(str(seed) for cell in table.records.values() for seed in cell),
-                _told(describe_machine(record).partition("; ")[0] for record in done),
+                _told(machine(record["env"]).partition("; ")[0] for record in done),
                 _told(f"`{record['env']['commit']}`" for record in done),
             ]
         )
-        versions += [describe_machine(record).partition("; ")[2] for record in done]
+        versions += [machine(record["env"]).partition("; ")[2] for record in done]
         commands.append(table.command)
         notes += [str(record["data"]["note"]) for record in done if record["data"].get("note")]
     parts = ["## Trained and tested here"]
     if lines:
         titles = ["table", "recipe", "data", "runs", "seeds", "device", "commit"]
-        parts.append(aligned(titles, lines, words=len(titles)))
+        parts.append(pipe_table(titles, lines, words=len(titles)))
         parts.append("\n".join(f"- {text}" for text in dict.fromkeys([*versions, *notes]) if text))
         parts.append("Trained by\n\n```sh\n" + "\n".join(dict.fromkeys(commands)) + "\n```")
         parts.append(
@@ -132,7 +132,7 @@ def _timed(results: Path) -> str:
         lines.append([f"[{path.stem}]({path.relative_to(results).as_posix()})", str(len(rows)), *told])
     if not lines:
         return ""
-    table = aligned(["table", "rows", "device", "torch", "commit"], lines, words=1)
+    table = pipe_table(["table", "rows", "device", "torch", "commit"], lines, words=1)
     return f"## Timed here\n\n{table}\n\nBy `python cli.py benchmark scan`, on the device that the table names."
 
 

@@ -8,7 +8,7 @@ from msv.ablation.rows import Row, Table
 from msv.ablation.statistics import CONFIDENCE
 
 Record = Mapping[str, Any]
-_NONE = "–"
+NONE = "–"
 _SPOKEN_FOR = {
     "name",
     "train_images",
@@ -47,7 +47,7 @@ def _head(table: Table) -> list[tuple[str, str]]:
         ("Cut short", _agreed(used, _limits) if any(map(_limits, (record for _, record in used))) else ""),
         ("Seeds", _seeds(table)),
         ("Commit", _agreed(used, lambda record: str(_section(record, "env").get("commit") or "unknown"))),
-        ("Machine", _agreed(used, describe_machine)),
+        ("Machine", _agreed(used, lambda record: machine(_section(record, "env")))),
     ]
     notes = list(dict.fromkeys(note for _, record in used if (note := _section(record, "data").get("note"))))
     head += [("Note", str(note)) for note in notes]
@@ -78,7 +78,7 @@ def _head(table: Table) -> list[tuple[str, str]]:
             (
                 "differs",
                 f"“yes” only where p < {1 - CONFIDENCE:.2g} after Holm's correction over this table's rows; “no” "
-                f"means not shown, not equal; {_NONE} means that nothing can be tested",
+                f"means not shown, not equal; {NONE} means that nothing can be tested",
             ),
         ]
     if any(row.paper for row in table.rows):
@@ -114,19 +114,19 @@ def _rows(table: Table, rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         values = [f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell]
-        values += [format_value(row.toggles[name]) if name in row.toggles else _NONE for name in table.toggles]
-        values += [row.status, _number(row.params_m, 3), _number(row.gflops_fvcore, 3)]
-        values += [_number(row.params_trained_m, 3), _number(row.gflops_trained, 4), _top1(row), str(row.n)]
-        values += [row.against or _NONE] if _has_own_references(table) else []
+        values += [format_value(row.toggles[name]) if name in row.toggles else NONE for name in table.toggles]
+        values += [row.status, fixed(row.params_m, 3), fixed(row.gflops_fvcore, 3)]
+        values += [fixed(row.params_trained_m, 3), fixed(row.gflops_trained, 4), _top1(row), str(row.n)]
+        values += [row.against or NONE] if _has_own_references(table) else []
         if delta:
-            values += [_delta(row), _NONE if row.differs is None else "yes" if row.differs else "no"]
+            values += [_delta(row), NONE if row.differs is None else "yes" if row.differs else "no"]
         if paper:
             printed = row.paper
             numbers = [(printed.params_m, 1), (printed.gflops, 2), (printed.top1, 1)] if printed else []
-            values += [f"*{_number(value, digits)}*" for value, digits in numbers] or [_NONE] * 3
+            values += [f"*{fixed(value, digits)}*" for value, digits in numbers] or [NONE] * 3
         lines.append(values)
     words = 2 + len(table.toggles)  # left-aligned: names and states; the rest are numbers
-    return aligned(titles, lines, words)
+    return pipe_table(titles, lines, words)
 
 
 def _has_delta(table: Table) -> bool:
@@ -138,8 +138,14 @@ def _has_own_references(table: Table) -> bool:
     return any(row.against not in (None, table.baseline) for row in table.rows)
 
 
-def aligned(titles: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
-    """A pipe table that reads as well unrendered."""
+def pipe_table(titles: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
+    """A pipe table that reads as well unrendered.
+
+    Args:
+        titles: of the columns.
+        lines: the cells of each line.
+        words: how many columns, from the left, hold words; the others hold numbers, which stand to the right.
+    """
     cells = [[value.replace("|", "\\|").replace("\n", " ") for value in line] for line in (titles, *lines)]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(titles))]
 
@@ -173,7 +179,7 @@ def _agreed(used: Sequence[tuple[str, Record]], describe: Callable[[Record], str
             cells.append(cell)
     if len(versions) == 1:
         return next(iter(versions))
-    told = (f"{text or _NONE} ({', '.join(f'`{cell}`' for cell in cells)})" for text, cells in versions.items())
+    told = (f"{text or NONE} ({', '.join(f'`{cell}`' for cell in cells)})" for text, cells in versions.items())
     return "**the records disagree**: " + "; ".join(told)
 
 
@@ -209,10 +215,9 @@ def _limits(record: Record) -> str:
     return ", ".join(f"{key} {format_value(value)}" for key, value in limits.items())
 
 
-def describe_machine(record: Record) -> str:
-    """Where a record's run took place, in a line: device, versions."""
-    env = dict(_section(record, "env"))
-    env.pop("commit", None)
+def machine(environment: Mapping[str, Any]) -> str:
+    """The device and the versions of `msv.provenance.environment`, in words; its commit is told apart."""
+    env = {name: value for name, value in environment.items() if name != "commit"}
     device, cpu, threads = env.pop("device", None) or "unknown device", env.pop("cpu", None), env.pop("threads", None)
     device += f" on {cpu}" if cpu and cpu != device else ""
     device += f", {threads} thread{'s'[: threads != 1]}" if threads else ""
@@ -240,13 +245,14 @@ def _disagree(used: Sequence[tuple[str, Record]], cell: str) -> bool:
     return any(other != counts[0] for other in counts)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return _NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+def fixed(value: float | None, digits: int) -> str:
+    """A number with so many digits, a dash for none."""
+    return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _top1(row: Row) -> str:
     if row.top1_mean is None:
-        return _NONE
+        return NONE
     spread = "" if row.top1_std is None else f" ± {row.top1_std:.2f}"
     return f"{row.top1_mean:.2f}{spread}"
 
@@ -254,7 +260,7 @@ def _top1(row: Row) -> str:
 def _delta(row: Row) -> str:
     difference = row.difference
     if difference is None:
-        return _NONE
+        return NONE
     text = _signed(difference.mean)
     if difference.low is None or difference.high is None:
         return text

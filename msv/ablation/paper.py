@@ -108,6 +108,18 @@ TABLE_7_SIZES: dict[str, tuple[float, float]] = {
     "msvmamba_tiny": (33.0, 4.6),
 }
 
+# Table 7, row by row as printed: layer, output size, Nano, Micro, Tiny.
+TABLE_7: tuple[tuple[str, ...], ...] = (
+    ("stem", "56×56", *(f"conv 4×4, {dim}, stride 4" for dim in (48, 64, 96))),
+    ("stage 1", "28×28", *(f"MS3×1; conv 2×2, {dim}, stride 2" for dim in (96, 128, 192))),
+    ("stage 2", "14×14", *(f"MS3×2; conv 2×2, {dim}, stride 2" for dim in (192, 256, 384))),
+    ("stage 3", "7×7", *(f"MS3×{n}; conv 2×2, {dim}, stride 2" for n, dim in ((5, 384), (5, 512), (9, 768)))),
+    ("stage 4", "7×7", "MS3×2", "MS3×2", "MS3×2"),
+    ("head", "1×1", *("average pool, 1000-d fc, softmax",) * 3),
+    ("params, M", "", "6.9", "11.9", "33.0"),
+    ("GFLOPs", "", "0.9", "1.5", "4.6"),
+)
+
 _DIMS = (48, 96, 192, 384)
 # (full_scans, d_state, se, conv_ffn, depths) -> row. The printed tables name the toggles; the depths are those at which
 # the printed parameters and FLOPs come out, since the paper matches FLOPs between rows by changing them.

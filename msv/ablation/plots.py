@@ -2,7 +2,9 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from msv.ablation.rows import Row, Table
@@ -24,6 +26,25 @@ _PLACES = [
 ]
 # A label that lies nearer to another point is as bad as one that covers this many pixels.
 _MISLEADING = 200.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point to be labelled, in the units of its axes.
+
+    Args:
+        name: its label; empty for none.
+        x: where it lies.
+        y: where it lies.
+        spread: length of its error bar, up and down.
+        colour: of the label.
+    """
+
+    name: str
+    x: float
+    y: float
+    spread: float = 0.0
+    colour: str = "black"
 
 
 def plot_accuracy(table: Table) -> bytes | None:
@@ -55,8 +76,18 @@ def plot_accuracy(table: Table) -> bytes | None:
         axes.set_ylabel(f"{table.split} top-1, % (last epoch, EMA)")
         axes.set_title(f"{table.name} · {table.recipe} · {_seeds(rows)}", fontsize=11, loc="left")
         axes.ticklabel_format(useOffset=False)
-        _label(
-            figure, axes, {f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell: row for row in rows}
+        label_points(
+            figure,
+            axes,
+            [
+                Point(
+                    f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell,
+                    row.gflops_trained or 0.0,
+                    row.top1_mean or 0.0,
+                    row.top1_std or 0.0,
+                )
+                for row in rows
+            ],
         )
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
@@ -85,51 +116,75 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"{span} seeds, bars: standard deviation"
 
 
-def _label(figure: Any, axes: Any, rows: Mapping[str, Row]) -> None:
-    """Name the points, each label where it covers the least of what is drawn and lies nearest to its own point."""
+def label_points(
+    figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Sequence[tuple[float, float]]] = ()
+) -> None:
+    """Name the points, each label where it covers the least of what is drawn and lies nearest to its own point.
+
+    Args:
+        figure: laid out, on a canvas of its own.
+        axes: whose limits and scales are settled.
+        points: those without a name are only kept clear of labels.
+        lines: drawn, each through these (x, y): labels keep clear of them, too.
+    """
     from matplotlib.text import Text
 
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer).extents
     taken: list[Sequence[float]] = []
-    points: list[tuple[float, float]] = []
-    for row in rows.values():
-        mean, spread = row.top1_mean or 0.0, row.top1_std or 0.0
-        ends = [(row.gflops_trained, value) for value in (mean - spread, mean, mean + spread)]
+    places: list[tuple[float, float]] = []
+    for point in points:
+        ends = [(point.x, value) for value in (point.y - point.spread, point.y, point.y + point.spread)]
         (x, low), (_, middle), (_, high) = axes.transData.transform(ends)
         taken.append((x - 9, low - 9, x + 9, high + 9))
-        points.append((x, middle))
-    for (text, row), point in zip(rows.items(), points, strict=True):
+        places.append((x, middle))
+    for line in lines:
+        taken += _dots([axes.transData.transform(end) for end in line])
+    for point, own in zip(points, places, strict=True):
+        if not point.name:
+            continue
         tried: list[tuple[float, int, tuple[float, float, str, str], Sequence[float]]] = []
         for place in _PLACES:
-            label = _annotate(axes, text, row, *place)
+            label = _annotate(axes, point, *place)
             label.update_positions(renderer)
             # Text's own extent: that of an annotation takes in the line to its point, too.
             box = Text.get_window_extent(label, renderer).extents
             label.remove()
             cost = sum(_overlap(box, other) for other in taken) + _outside(box, frame)
-            cost += _MISLEADING * sum(_gap(box, other) < _gap(box, point) for other in points)
+            cost += _MISLEADING * sum(_gap(box, other) < _gap(box, own) for other in places)
             tried.append((cost, len(tried), place, box))
         _, _, place, best = min(tried, key=lambda entry: entry[:2])
-        _annotate(axes, text, row, *place)
+        _annotate(axes, point, *place)
         taken.append(best)
 
 
-def _annotate(axes: Any, text: str, row: Row, x: float, y: float, horizontal: str, vertical: str) -> Any:
+def _annotate(axes: Any, point: Point, x: float, y: float, horizontal: str, vertical: str) -> Any:
     far = x * x + y * y > 10**2
     label = axes.annotate(
-        text,
-        (row.gflops_trained, row.top1_mean),
+        point.name,
+        (point.x, point.y),
         xytext=(x, y),
         textcoords="offset points",
         ha=horizontal,
         va=vertical,
         fontsize=8,
+        color=point.colour,
         arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 4} if far else None,
     )
     label.set_in_layout(False)
     return label
+
+
+def _dots(line: Sequence[tuple[float, float]], width: float = 6.0) -> list[Sequence[float]]:
+    """Boxes along a line of the page, as far apart as they are wide, in pixels."""
+    boxes: list[Sequence[float]] = []
+    for (x, y), (to_x, to_y) in pairwise(line):
+        count = int(math.hypot(to_x - x, to_y - y) / width)
+        for number in range(1, count):
+            at_x, at_y = x + (to_x - x) * number / count, y + (to_y - y) * number / count
+            boxes.append((at_x - width / 2, at_y - width / 2, at_x + width / 2, at_y + width / 2))
+    return boxes
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> float:

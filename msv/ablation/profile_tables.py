@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from msv.ablation.markdown import aligned
+from msv.ablation.markdown import pipe_table
 from msv.ablation.paper import Printed
 from msv.ablation.subjects import GRIDS
 from msv.profiling import Profile
@@ -91,7 +91,7 @@ def as_markdown(lines: Sequence[Line], parts: bool) -> str:
             [f"*{text}*" if it and text != NONE else text for it, text in zip(italic, row, strict=True)]
             for row in (block.columns, *block.rows)
         ]
-        page += [f"## {block.title}", aligned(rows[0], rows[1:], 1)]
+        page += [f"## {block.title}", pipe_table(rows[0], rows[1:], 1)]
     return "\n\n".join(page) + "\n"
 
 

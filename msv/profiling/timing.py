@@ -41,15 +41,19 @@ def medians_interleaved(
         repeats: timed turns.
         warmup: turns before them.
     """
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(-warmup, repeats):
         for name, work in works.items():
             work()
-            seconds = clock(work)
+            seconds = call_seconds(work, device)
             if turn >= 0:
                 times[name].append(seconds)
     return {name: Timing(statistics.median(seconds), min(seconds)) for name, seconds in times.items()}
+
+
+def call_seconds(work: Work, device: torch.device) -> float:
+    """Seconds of one call: on a GPU between two of its events, elsewhere by the clock."""
+    return _cuda_seconds(work) if device.type == "cuda" else _cpu_seconds(work)
 
 
 def peak_memory(work: Work, device: torch.device) -> int:

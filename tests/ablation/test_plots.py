@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 from matplotlib import image
 
-from msv.ablation.plots import _gap, _outside, _overlap, plot_accuracy
+from msv.ablation.plots import _dots, _gap, _outside, _overlap, plot_accuracy
 from msv.ablation.rows import Row, Table
 
 
@@ -53,3 +53,8 @@ def test_boxes():
     assert _outside((-1, 0, 1, 2), (0, 0, 9, 9)) == 2
     assert _gap((0, 0, 2, 2), (5, 6)) == 5
     assert _gap((0, 0, 2, 2), (1, 1)) == 0
+
+
+def test_boxes_along_a_line():
+    assert _dots([(0, 0), (0, 18)]) == [(-3, 3, 3, 9), (-3, 9, 3, 15)]
+    assert _dots([(0, 0), (3, 4), (3, 4)]) == []

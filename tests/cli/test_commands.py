@@ -350,7 +350,8 @@ def test_no_space_for_results(run, tmp_path, monkeypatch):
     one_error(run("fit", *TINY, "--grid.results", str(tmp_path / "results")), r"no space for results .*1 MB free")
 
 
-@pytest.mark.parametrize("words", [["cell"], ["cell", "/nowhere"], ["nonsense"], ["tables", "--results", "/nowhere"]])
+@pytest.mark.parametrize("words", [["cell"], ["cell", "/nowhere"], ["nonsense"], ["tables", "--results", "/nowhere"],
+                                   ["compare", "--weights", "/nowhere", "--data-root", "/nowhere"]])  # fmt: skip
 def test_bad_commands(run, words):
     try:
         status, _, err = run(*words)

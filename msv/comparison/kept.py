@@ -1,0 +1,114 @@
+"""What was measured, kept as CSV: a row a measurement, with where it was made, written whole as soon as it is done."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from msv.files import write_atomic
+from msv.provenance import environment
+
+Row = dict[str, str]
+ENVIRONMENT = ("device", "cpu", "threads", "torch", "cuda", "triton", "timm", "msv", "python", "commit")
+"""Columns that say where a row was measured: rows that agree in them may be compared, and need not be made again."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A CSV of measurements.
+
+    Attributes:
+        path: the file.
+        columns: of a measurement, before those of `ENVIRONMENT`.
+        key: columns that tell measurements apart; a new one takes the place of the old one with the same key.
+    """
+
+    path: Path
+    columns: Sequence[str]
+    key: Sequence[str]
+
+    def read(self) -> list[Row]:
+        """The rows there are; none where there is no file.
+
+        Raises:
+            ValueError: the file is none of these, or is cut short.
+        """
+        if not self.path.is_file():
+            return []
+        names = [*self.columns, *ENVIRONMENT]
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file, strict=True)
+                found = list(reader.fieldnames or ())
+                rows = list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{self.path} is no CSV ({error}); move it aside and measure again") from error
+        if found != names:
+            raise ValueError(
+                f"{self.path} has the columns {', '.join(found) or 'of an empty file'}; "
+                f"expected {', '.join(names)}: move it aside and measure again"
+            )
+        for number, row in enumerate(rows, start=2):
+            if None in row or None in row.values():
+                raise ValueError(f"{self.path}, row {number}: expected {len(names)} values; mend or remove the row")
+        return rows
+
+    def put(self, measured: Mapping[str, object], where: Mapping[str, str]) -> Row:
+        """Keep a measurement made at `where`, in the place of an older one of the same; returns its row.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: the file there is none of these.
+        """
+        row = {name: _text(measured.get(name)) for name in self.columns} | {name: where[name] for name in ENVIRONMENT}
+        rows = self.read()
+        same = [number for number, old in enumerate(rows) if self.identity(old) == self.identity(row)]
+        if same:
+            rows[same[0]] = row
+        else:
+            rows.append(row)
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [*self.columns, *ENVIRONMENT], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path, out.getvalue())
+        return row
+
+    def identity(self, row: Mapping[str, str]) -> tuple[str, ...]:
+        """What tells a row apart."""
+        return tuple(row[name] for name in self.key)
+
+
+def here(device: torch.device) -> dict[str, str]:
+    """Where a measurement on `device` is made, as the columns of `ENVIRONMENT`."""
+    found = {**environment("cuda" if device.type == "cuda" else "cpu"), "cuda": None}
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    return {name: _text(found[name]) for name in ENVIRONMENT}
+
+
+def place(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Where a row was measured."""
+    return tuple(row[name] for name in ENVIRONMENT)
+
+
+def number(row: Mapping[str, str], column: str) -> float | None:
+    """A column as a number, None where it is empty.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = row[column]
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"{column} is {text!r} in a kept row; expected a number: mend or remove the row") from error
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

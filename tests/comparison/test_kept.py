@@ -1,0 +1,48 @@
+import pytest
+
+from msv.comparison.kept import Kept, number, place
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return Kept(tmp_path / "new" / "rows.csv", ("name", "value", "error"), ("name", "device"))
+
+
+def test_a_new_row_takes_the_place_of_the_old_one(kept, where):
+    assert kept.read() == []
+    kept.put({"name": "a", "value": 1.5}, where)
+    kept.put({"name": "b", "value": 2, "error": 'one, "two"\nthree'}, where)
+    kept.put({"name": "a", "value": 1 / 3}, where | {"commit": "another"})
+    kept.put({"name": "a", "value": 4.0}, where | {"device": "another"})
+    rows = kept.read()
+    assert [(row["name"], row["value"]) for row in rows] == [("a", "0.333333"), ("b", "2"), ("a", "4")]
+    assert rows[1]["error"] == 'one, "two"\nthree'
+    assert rows[0]["commit"] == "another"
+    assert place(rows[1]) == tuple(where.values())
+    assert not list(kept.path.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("", "columns of an empty file; expected name"), ("a,b\n1,2\n", "has the columns a, b"), (b"\xff\xfe", "no CSV")],
+)
+def test_another_file_in_its_place(kept, content, message, where):
+    kept.path.parent.mkdir()
+    kept.path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        kept.put({"name": "a"}, where)
+    assert kept.path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+
+
+def test_a_row_cut_short(kept, where):
+    kept.put({"name": "a"}, where)
+    kept.path.write_text(kept.path.read_text() + "b,2\n")
+    with pytest.raises(ValueError, match="row 3: expected 13 values"):
+        kept.read()
+
+
+def test_numbers():
+    assert number({"x": ""}, "x") is None
+    assert number({"x": "2.5"}, "x") == 2.5
+    with pytest.raises(ValueError, match="x is 'fast' in a kept row"):
+        number({"x": "fast"}, "x")
