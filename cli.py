@@ -25,6 +25,13 @@ def benchmark(argv: list[str]) -> int:
     return main(argv) or 0
 
 
+def convert(argv: list[str]) -> int:
+    """Make a published checkpoint a file for timm."""
+    from msv.models.convert import main
+
+    return main(argv)
+
+
 def cell(argv: list[str]) -> int:
     """Carry out one run of a grid in this process."""
     from msv.ablation.cell import main
@@ -48,6 +55,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tables": tables,
     "profile": profile,
     "benchmark": benchmark,
+    "convert": convert,
     "cell": cell,
 }
 

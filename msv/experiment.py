@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from msv.grid_section import Grid
+from msv.models.checkpoint_file import read_checkpoint
 from msv.parse_errors import original_errors, readable_errors
 from msv.tasks import EMA, History, Progress
-from msv.tasks.checkpoint import AtomicCheckpointIO, read_checkpoint
+from msv.tasks.checkpoint import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ DEFAULT_RECIPE = Path("recipes/digits.yaml")
 SHIPPED = Path(__file__).parents[1] / "experiments"
 DESCRIPTION = (
     "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
-    "these: tables (make them again from records), profile (parameters and FLOPs), benchmark (time the scan); each "
-    "has its own --help."
+    "these: tables (make them again from records), profile (parameters and FLOPs), benchmark (time the scan), convert "
+    "(published weights for timm); each has its own --help."
 )
 FROM_DATA = {f"--model.{part}{name}" for part in ("", "init_args.") for name in ("in_chans", "num_classes")}
 # What is trained; the rest of a command's options say what to do with it.
@@ -196,7 +197,10 @@ class ExperimentCLI(LightningCLI):
                 "--model.pretrained"
             )
         if checkpoint is not None and checkpoint not in ("last", "best", "hpc", "registry"):
-            read_checkpoint(Path(checkpoint), map_location="meta")
+            if "state_dict" not in read_checkpoint(checkpoint, map_location="meta"):
+                raise ValueError(
+                    f"--ckpt_path {checkpoint}: weights alone, not a {LAST} of `fit`; give them to --model.pretrained"
+                )
         if self.grid is None:
             if subcommand != "fit" and checkpoint is None and getattr(self.model, "pretrained", None) is None:
                 log.warning("%s uses untrained weights: give --ckpt_path results/.../last.ckpt", subcommand)
