@@ -196,11 +196,11 @@ class ExperimentCLI(LightningCLI):
                 f"--ckpt_path {checkpoint}: the runs of a grid go on from their own {LAST}; to start from weights give "
                 "--model.pretrained"
             )
-        if checkpoint is not None and checkpoint not in ("last", "best", "hpc", "registry"):
-            if "state_dict" not in read_checkpoint(checkpoint, map_location="meta"):
-                raise ValueError(
-                    f"--ckpt_path {checkpoint}: weights alone, not a {LAST} of `fit`; give them to --model.pretrained"
-                )
+        is_file = checkpoint is not None and checkpoint not in ("last", "best", "hpc", "registry")
+        if is_file and "state_dict" not in read_checkpoint(checkpoint, map_location="meta"):
+            raise ValueError(
+                f"--ckpt_path {checkpoint}: weights alone, not a {LAST} of `fit`; give them to --model.pretrained"
+            )
         if self.grid is None:
             if subcommand != "fit" and checkpoint is None and getattr(self.model, "pretrained", None) is None:
                 log.warning("%s uses untrained weights: give --ckpt_path results/.../last.ckpt", subcommand)

@@ -7,7 +7,6 @@ Names: C channels of a map, D = 2·C channels inside a token mixer, N = d_state.
 """
 
 import sys
-from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import timm
@@ -343,9 +342,12 @@ def _refuse_raw_checkpoint(variant: str) -> None:
             return
         frame = frame.f_back
     path = frame.f_locals.get("checkpoint_path")
-    raw = False
-    with suppress(OSError, ValueError):  # what is not ours to explain, timm does
-        raw = bool(path) and is_published(read_checkpoint(path, map_location="meta"))
+    if not path:
+        return
+    try:
+        raw = is_published(read_checkpoint(path, map_location="meta"))
+    except (OSError, ValueError):  # what is not ours to explain, timm does
+        raw = False
     if raw:
         raise ValueError(
             f"{path} is a published checkpoint, with names and shapes of its own: make a file for timm of it with "

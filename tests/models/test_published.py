@@ -8,7 +8,7 @@ import torch
 
 from msv.models import PRESETS, MSVMamba, load_published
 from msv.models.checkpoint_file import read_checkpoint
-from msv.models.published import from_published, infer_arguments, published_name
+from msv.models.published import from_published, infer_arguments
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN = GOLDENS / "small_full_n1.pt"
@@ -305,7 +305,9 @@ def test_vmambas_weights_in_the_split_0_4_are_told(caplog):
 )
 @pytest.mark.parametrize("wrapped", [False, True], ids=["state-dict", "in-model"])
 def test_weights_of_another_model(name, state, wrapped):
-    with pytest.raises(ValueError, match=rf"checkpoint of another model: it has {next(iter(state))}; expected .*A_logs"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint of another model: it has {next(iter(state))}; expected .*A_logs"
+    ):
         load_published(make_network(), {"model": state} if wrapped else state)
 
 
