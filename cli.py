@@ -1,49 +1,18 @@
 """The door: ``python cli.py fit --config experiments/ablate_scans.yaml``; ``python cli.py --help`` lists the rest."""
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 
-
-def tables(argv: list[str]) -> int:
-    """Make tables again from records."""
-    from msv.ablation.tables import main
-
-    return main(argv) or 0
-
-
-def keep(argv: list[str]) -> int:
-    """Publish finished runs in results/measured."""
-    from msv.ablation.keep import main
-
-    return main(argv)
-
-
-def profile(argv: list[str]) -> int:
-    """Count parameters and FLOPs of models."""
-    from msv.ablation.profiles import main
-
-    return main(argv) or 0
-
-
-def benchmark(argv: list[str]) -> int:
-    """Time the scans."""
-    from msv.profiling.benchmark import main
-
-    return main(argv) or 0
-
-
-def compare(argv: list[str]) -> int:
-    """The paper's comparison of whole systems: Tables 1, 6 and 7, Fig. 1."""
-    from msv.comparison.command import main
-
-    return main(argv)
-
-
-def cell(argv: list[str]) -> int:
-    """Carry out one run of a grid in this process."""
-    from msv.ablation.cell import main
-
-    return main(argv)
+COMMANDS = {
+    "tables": "msv.ablation.tables",
+    "keep": "msv.ablation.keep",
+    "profile": "msv.ablation.profiles",
+    "compare": "msv.comparison.command",
+    "benchmark": "msv.profiling.benchmark",
+    "convert": "msv.models.convert",
+    "cell": "msv.ablation.cell",
+}
+"""What stands beside LightningCLI's fit, validate, test and predict: modules whose `main` takes the arguments."""
 
 
 def experiment(argv: list[str]) -> int:
@@ -58,21 +27,13 @@ def experiment(argv: list[str]) -> int:
     return ExperimentCLI(args=argv, run_grid=run_grid).status
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "tables": tables,
-    "keep": keep,
-    "profile": profile,
-    "benchmark": benchmark,
-    "compare": compare,
-    "cell": cell,
-}
-
-
 def main(argv: list[str]) -> int:
     """Run one command; what is wrong with its input is one line on stderr and exit status 2."""
     name, *rest = argv or ["--help"]
     try:
-        return COMMANDS[name](rest) if name in COMMANDS else experiment(argv or ["--help"])
+        if name in COMMANDS:
+            return import_module(COMMANDS[name]).main(rest) or 0
+        return experiment(argv or ["--help"])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

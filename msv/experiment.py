@@ -26,9 +26,10 @@ from rich.table import Table
 
 from msv.files import EXPERIMENTS
 from msv.grid_section import Grid
+from msv.models.checkpoint_file import read_checkpoint
 from msv.parse_errors import original_errors, readable_errors
 from msv.tasks import EMA, History, Progress
-from msv.tasks.checkpoint import AtomicCheckpointIO, read_checkpoint
+from msv.tasks.checkpoint import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ DEFAULT_RECIPE = Path("recipes/digits.yaml")
 DESCRIPTION = (
     "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
     "these: tables (make them again from records), keep (publish finished runs), profile (parameters and FLOPs), "
-    "compare (the paper's systems side by side), benchmark (time the scan); each has its own --help."
+    "compare (the paper's systems side by side), benchmark (time the scan), convert (published weights for timm); each "
+    "has its own --help."
 )
 FROM_DATA = {f"--model.{part}{name}" for part in ("", "init_args.") for name in ("in_chans", "num_classes")}
 # What is trained; the rest of a command's options say what to do with it.
@@ -195,8 +197,11 @@ class ExperimentCLI(LightningCLI):
                 f"--ckpt_path {checkpoint}: the runs of a grid go on from their own {LAST}; to start from weights give "
                 "--model.pretrained"
             )
-        if checkpoint is not None and checkpoint not in ("last", "best", "hpc", "registry"):
-            read_checkpoint(Path(checkpoint), map_location="meta")
+        is_file = checkpoint is not None and checkpoint not in ("last", "best", "hpc", "registry")
+        if is_file and "state_dict" not in read_checkpoint(checkpoint, map_location="meta"):
+            raise ValueError(
+                f"--ckpt_path {checkpoint}: weights alone, not a {LAST} of `fit`; give them to --model.pretrained"
+            )
         if self.grid is None:
             if subcommand != "fit" and checkpoint is None and getattr(self.model, "pretrained", None) is None:
                 log.warning("%s uses untrained weights: give --ckpt_path results/.../last.ckpt", subcommand)

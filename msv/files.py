@@ -30,9 +30,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(
-            f"could not write {path}: {reason}; free some space or choose another folder for results"
-        ) from error
+        raise OSError(f"could not write {path}: {reason}; free some space or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

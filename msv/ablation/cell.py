@@ -22,9 +22,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.experiment import LAST, ExperimentCLI
+from msv.models.checkpoint_file import read_checkpoint
 from msv.profiling import count
 from msv.provenance import environment
-from msv.tasks.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
 

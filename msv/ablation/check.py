@@ -12,7 +12,7 @@ from msv.ablation.grid import Run, expand, resolve_runs
 from msv.ablation.records import RECORD_NAME, read_record
 from msv.experiment import LAST, ExperimentCLI, parse_experiment
 from msv.grid_section import Grid
-from msv.tasks.checkpoint import read_checkpoint
+from msv.models.checkpoint_file import read_checkpoint
 
 IDENTITY = ("name", "train_images", "val_images", "test_images", "num_classes")
 """What tells data apart in a record."""

@@ -6,8 +6,10 @@
 Names: C channels of a map, D = 2·C channels inside a token mixer, N = d_state.
 """
 
+import sys
 from typing import Any, Literal, get_args
 
+import timm
 import torch
 from timm.layers import ClassifierHead, DropPath
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from msv.kernels import Backend
 
+from .checkpoint_file import is_published, read_checkpoint
 from .layers import ConvDownsample, ConvFFN, PatchMerging, Stem, init_weights
 from .mixers import MS2D, SS2D, TokenMixer
 
@@ -331,7 +334,29 @@ PRESETS: dict[str, dict[str, Any]] = {
 default_cfgs = generate_default_cfgs(dict.fromkeys(PRESETS, _TRAINED_AS))
 
 
+def _refuse_raw_checkpoint(variant: str) -> None:
+    """Says what to do with a published file before timm, which reads it without asking the model, fails at it."""
+    frame = sys._getframe(1)
+    while frame.f_code is not timm.create_model.__code__:
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+    path = frame.f_locals.get("checkpoint_path")
+    if not path:
+        return
+    try:
+        raw = is_published(read_checkpoint(path, map_location="meta"))
+    except (OSError, ValueError):  # what is not ours to explain, timm does
+        raw = False
+    if raw:
+        raise ValueError(
+            f"{path} is a published checkpoint, with names and shapes of its own: make a file for timm of it with "
+            f"`python cli.py convert {path} {variant}.safetensors`, or load it with msv.models.load_published"
+        )
+
+
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MSVMamba:
+    _refuse_raw_checkpoint(variant)
     return build_model_with_cfg(
         MSVMamba,
         variant,

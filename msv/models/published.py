@@ -6,7 +6,6 @@ and Ds) belongs to the half branch, 1.. to the full routes in order; in SS2D all
 
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .checkpoint_file import choose_weights, is_published, read_checkpoint, warn_not_finite
+from .mixers import S6, SS2D
 from .network import MSVMamba
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,14 @@ class LoadReport:
         weights: which of the file's weights were loaded: `model`, `model_ema` or `state dict`.
         tensors: published tensors loaded.
         left_out: published tensors left out on request.
+        not_finite: published tensors with NaN or infinite values; a warning has named them.
     """
 
     source: str
     weights: str
     tensors: int
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
 
 
 def load_published(
@@ -83,19 +86,25 @@ def load_published(
         source: a published checkpoint file, its dict, or a state dict.
         weights: `model`, `model_ema`, or `auto`: `model_ema` where the file has it. Which of the two gave the
             published accuracy is not recorded.
-        drop_head: whether a classifier of another number of classes is left out instead of refused.
+        drop_head: whether a classifier of another number of classes is left out, with a warning, instead of refused.
 
     Returns:
         What was loaded.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such checkpoint, or a tensor is missing, extra or misshapen; the message names it.
+        TypeError: the model is no `MSVMamba`.
+        ValueError: the file is no such checkpoint, or a tensor is missing, extra or misshapen; the message names it,
+            and the model is as it was.
     """
+    if not isinstance(model, MSVMamba):
+        raise TypeError(
+            f"load_published got a {type(model).__name__}; expected an MSVMamba, such as timm.create_model makes of a "
+            "preset without features_only"
+        )
     name = str(source) if isinstance(source, str | Path) else "state dict"
     content = read_checkpoint(source) if isinstance(source, str | Path) else source
-    which, published = _choose(content, weights, name)
-    published = {_new_name(key): value for key, value in published.items()}
+    which, published = published_weights(content, weights, name)
     left_out = []
     if drop_head:
         own = model.state_dict()
@@ -104,10 +113,36 @@ def load_published(
             if theirs is not None and getattr(own.get(f"head.fc.{part}"), "shape", None) != theirs.shape:
                 left_out.append(f"classifier.head.{part}")
                 log.warning("%s: classifier.head.%s %s is left out", name, part, tuple(theirs.shape))
-    state = from_published(model, published, set(left_out), name)
+    state = from_published(model, published, left_out, name)
+    not_finite = warn_not_finite(published, name)
+    for toggle in _unpublished_toggles(model):
+        log.warning("%s: the published model has no %s: its weights were trained for another function", name, toggle)
     model.load_state_dict(state, strict=not left_out)
-    log.info("%s: loaded %d tensors of %s", name, len(published) - len(left_out), which)
-    return LoadReport(name, which, len(published) - len(left_out), tuple(left_out))
+    report = LoadReport(name, which, len(published) - len(left_out), tuple(left_out), not_finite)
+    log.info("%s: loaded %d tensors of %s", name, report.tensors, which)
+    return report
+
+
+def published_weights(content: Mapping[str, Any], weights: str, source: str) -> tuple[str, dict[str, Tensor]]:
+    """The weights of a published checkpoint or state dict, in the newer naming, and which they are.
+
+    Raises:
+        ValueError: there are no such weights, or their names are not the published ones.
+    """
+    if not is_published(content):
+        names = content["state_dict"] if isinstance(content.get("state_dict"), Mapping) else content
+        if any(re.match(r"(network\.)?stages\.\d+\.blocks", str(name)) for name in names):
+            raise ValueError(
+                f"{source} is in this project's own naming, not the published one: --model.pretrained takes it as it "
+                "is, and timm's checkpoint_path if it is .safetensors"
+            )
+    which, found = choose_weights(content, weights, source)
+    if not is_published(found):
+        raise ValueError(
+            f"{source} is a checkpoint of another model: it has {', '.join(list(found)[:3])}; expected a published "
+            "checkpoint of MSVMamba or VMamba, with names such as layers.0.blocks.0.op.A_logs"
+        )
+    return which, {_new_name(name): value for name, value in found.items()}
 
 
 def from_published(
@@ -135,11 +170,43 @@ def from_published(
     problems += [f"extra {name}" for name in published if name not in used]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(
-            f"{source} does not fit this network: {shown}. Expected a checkpoint of the same dims, depths, d_state, "
-            "full_scans, se and conv_ffn: choose the preset it was trained as"
+        fix = (
+            "Only the head is of another size: leave it out with drop_head=True (--model.drop_head true)"
+            if all("classifier.head." in problem for problem in problems)
+            else "Expected a checkpoint of the same dims, depths, d_state, full_scans, se and conv_ffn: choose the "
+            "preset it was trained as"
         )
+        raise ValueError(f"{source} does not fit this network: {shown}. {fix}")
     return state
+
+
+def infer_arguments(published: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Any]:
+    """The arguments of `MSVMamba` that weights in the newer published naming were made with, from names and shapes.
+
+    The published code has no split 0/4, whose tensors would be named and shaped as those of 4/0.
+
+    Raises:
+        ValueError: a tensor that tells is missing.
+    """
+    stages = sorted({int(name.split(".")[1]) for name in published if re.match(r"layers\.\d+\.blocks", name)})
+    depths = [len({name.split(".")[3] for name in published if name.startswith(f"layers.{i}.blocks.")}) for i in stages]
+    block = "layers.0.blocks.0"
+    try:
+        sets = len(published[f"{block}.op.x_proj_weight"])
+        return {
+            "in_chans": published["patch_embed.0.weight"].shape[1],
+            "num_classes": len(published["classifier.head.bias"]) if "classifier.head.bias" in published else 0,
+            "dims": tuple(len(published[f"layers.{i}.blocks.0.norm.weight"]) for i in stages),
+            "depths": tuple(depths),
+            "d_state": published[f"{block}.op.A_logs"].shape[-1],
+            "full_scans": sets - 1 if f"{block}.op.conv2d_b1.weight" in published else 4,
+            "se": f"{block}.op.se.fc.0.weight" in published,
+            "conv_ffn": f"{block}.convFFN.linear1.weight" in published,
+        }
+    except KeyError as error:
+        raise ValueError(
+            f"{source}: missing {error.args[0]}; expected a published checkpoint of MSVMamba or VMamba"
+        ) from error
 
 
 def published_name(name: str) -> str:
@@ -151,32 +218,12 @@ def published_name(name: str) -> str:
     return re.sub(r"^stages\.", "layers.", name)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint without running code of it; the configuration node that published files hold becomes a dict.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or truncated, or holds objects that are no weights.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file")
-    try:
-        # A published file holds a node of yacs, which may not be installed: it is read as a dict, its code not run.
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds, none of which says what to do
-        foreign = re.search(r"Unsupported (?:global|class)[^.\n]*", str(error))
-        reason = foreign[0] if foreign else "it may be truncated: get it again"
-        raise ValueError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict of weights")
-    return dict(content)
-
-
 def _part(name: str, theirs: Tensor, own: Tensor) -> Tensor | None:
     """The part of a published tensor that is the parameter `name`, in its shape, or None where it does not fit."""
+    if theirs.dim() == 0:
+        return None
     if ".s6" in name:
-        if theirs.dim() < 3 and theirs.shape[0] % own.shape[1] == 0:  # A_logs, Ds and a bias, routes stacked in rows
+        if theirs.dim() < 3 and len(theirs) % own.shape[1] == 0:  # A_logs, Ds and a bias, routes stacked in rows
             stacked = theirs.shape[0] != own.shape[0] or theirs.shape[1:] != own.shape[1:]
             theirs = theirs.unflatten(0, (-1, own.shape[1])) if stacked else theirs
         if ".s6_half." in name:
@@ -185,7 +232,7 @@ def _part(name: str, theirs: Tensor, own: Tensor) -> Tensor | None:
             theirs = theirs[1:]
     elif ".ffn." in name and theirs.dim() == 4 and own.dim() == 2:
         theirs = theirs.flatten(1)  # a 1×1 convolution
-    return theirs.clone() if theirs.shape == own.shape else None
+    return theirs.clone(memory_format=torch.contiguous_format) if theirs.shape == own.shape else None
 
 
 def _new_name(name: str) -> str:
@@ -194,18 +241,12 @@ def _new_name(name: str) -> str:
     return name
 
 
-def _choose(content: Mapping[str, Any], weights: str, source: str) -> tuple[str, Mapping[str, Tensor]]:
-    held = [key for key in ("model_ema", "model") if isinstance(content.get(key), Mapping)]
-    if held:
-        which = held[0] if weights == "auto" else weights
-        if which not in held:
-            raise ValueError(f"{source} has no {which!r}; expected one of {', '.join(held)}")
-        content = content[which]
-    elif weights != "auto":
-        raise ValueError(f"{source} is a plain state dict and has no {weights!r}: use weights='auto'")
-    else:
-        which = "state dict"
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{source} holds no weights; expected a published checkpoint or a state dict")
-    return which, tensors
+def _unpublished_toggles(model: MSVMamba) -> list[str]:
+    """What the model does that published weights were not trained for, though their shapes fit."""
+    mixers = list(model.modules())
+    found = []
+    if any(isinstance(m, SS2D) and m.dwconv.stride[0] == 2 for m in mixers):
+        found.append("split 0/4 (full_scans=0)")
+    if any(isinstance(m, S6) and len(m.routes) > 1 and len(m.x_proj) == 1 and not m.carry_state for m in mixers):
+        found.append("reset at the seams (carry_state=False)")
+    return found

@@ -34,7 +34,9 @@ class Classification(pl.LightningModule):
         seed: Initial weights, mixup, drop path and dropout are functions of (seed, epoch, rank); the command line
             takes it from seed_everything.
         pretrained: Weights to start from: a .safetensors file, a state dict, a checkpoint of this task, or a
-            published checkpoint. A classifier for another number of classes is left out.
+            published checkpoint.
+        drop_head: Whether pretrained weights may be of another number of classes: their classifier is left out then,
+            and starts anew; otherwise that is an error.
         lr: Learning rate after warm-up.
         min_lr: Learning rate at the end of the cosine.
         warmup_lr: Learning rate of the first step, when there are warm-up epochs.
@@ -63,6 +65,7 @@ class Classification(pl.LightningModule):
         in_chans: int = 3,
         seed: int = 0,
         pretrained: str | None = None,
+        drop_head: bool = False,
         lr: float = 1e-3,
         min_lr: float = 1e-5,
         warmup_lr: float = 1e-6,
@@ -115,7 +118,7 @@ class Classification(pl.LightningModule):
             self.network = network(in_chans, num_classes)
         self.network_factory = network
         if pretrained is not None:
-            load_pretrained(self.network, pretrained)
+            load_pretrained(self.network, pretrained, drop_head)
         self.mix = self.configure_mixup()
         self.train_loss = self.configure_loss()
         self.eval_loss = nn.CrossEntropyLoss()

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from msv.experiment import ExperimentCLI, with_default_recipe
+from msv.models import MSVMamba
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "configs"
@@ -126,25 +127,6 @@ def test_train_is_a_grid_of_one_run():
     assert (run.grid, run.cell.name) == ("train", "run")
 
 
-def test_imagenet_recipe_has_every_number_of_the_published_one():
-    (run, *_) = runs_of(ROOT / "experiments/ablate_components.yaml", ROOT / "experiments/recipes/imagenet_300e.yaml")
-    model, data, trainer = (run.config[key] for key in ("model", "data", "trainer"))
-    expected = {
-        "lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_epochs": 20, "weight_decay": 0.05, "eps": 1e-8,
-        "betas": [0.9, 0.999], "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0,
-        "mixup_switch_prob": 0.5, "global_batch_size": 1024, "lr_batch_size": 1024,
-    }  # fmt: skip
-    assert {key: model["init_args"][key] for key in expected} == expected
-    assert model["init_args"]["network"]["init_args"]["drop_path_rate"] == 0.2
-    expected = {
-        "image_size": 224, "scale": [0.08, 1.0], "hflip": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1",
-        "interpolation": "bicubic", "re_prob": 0.25, "re_mode": "pixel", "re_count": 1, "crop_pct": 0.875,
-    }  # fmt: skip
-    assert {key: data["init_args"][key] for key in expected} == expected
-    assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (300, 5.0)
-    assert run.config["ema"] == {"decay": 0.9999, "warmup": False}
-
-
 @pytest.mark.parametrize(
     ("words", "names", "recipe"),
     [
@@ -232,6 +214,54 @@ def test_checkpoint_of_another_architecture(run, trained):
     status, _, err = run(*with_weights(trained, "test", "--model.network.depths", "[1,1,2,1]"))
     assert status == 2
     assert re.search(r"another architecture: \d+ missing: network.stages.2.blocks.1", err)
+
+
+@pytest.fixture
+def published(trained, tmp_path, to_published, save_as_published):
+    """The averaged weights of the trained run in a file as published."""
+    network = MSVMamba(1, 10, dims=(8, 16, 32, 64), depths=(1, 1, 1, 1))
+    state = torch.load(trained / "last.ckpt", weights_only=True)["state_dict"]
+    network.load_state_dict({name.removeprefix("network."): value for name, value in state.items()})
+    return save_as_published(tmp_path / "published.pth", model_ema=to_published(network))
+
+
+def from_weights(trained: Path, command: str, file: Path, *words: str) -> list[str]:
+    return [command, "--config", str(trained / "plain.yaml"), "--config", str(CONFIGS / "quick.yaml"),
+            "--trainer.logger", "false", "--model.pretrained", str(file), *words]  # fmt: skip
+
+
+def test_published_and_converted_weights_give_the_same_numbers(run, trained, published, tmp_path):
+    converted = tmp_path / "converted.safetensors"
+    assert run("convert", str(published), str(converted))[0] == 0
+    image = tmp_path / "image.png"
+    Image.new("L", (40, 32), color=90).save(image)
+    for command, words in (("validate", []), ("test", []), ("predict", ["--data.predict_paths", f"[{image}]"])):
+        answers = [run(*with_weights(trained, command, *words))]
+        answers += [run(*from_weights(trained, command, file, *words)) for file in (published, converted)]
+        assert [status for status, _, _ in answers] == [0, 0, 0], answers
+        assert answers[0][1] == answers[1][1] == answers[2][1]
+
+
+def test_fit_starts_from_published_weights(run, trained, published, tmp_path):
+    words = ["--trainer.max_epochs", "2", "--trainer.default_root_dir", str(tmp_path), "--ema.decay", "1"]
+    status, _, err = run(*from_weights(trained, "fit", published, *words, "--ema.warmup", "false"))
+    assert status == 0, err
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    found, expected = (torch.load(p, weights_only=True)["state_dict"] for p in (checkpoint, trained / "last.ckpt"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # decay 1: the average never moves
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(run, trained, published):
+    words = ["--config", str(trained / "plain.yaml"), "--config", str(CONFIGS / "quick.yaml")]
+    one_error(run("test", *words, "--ckpt_path", str(published)), r"weights alone.*give them to --model.pretrained")
+
+
+def test_a_published_head_of_another_size(run, trained, tmp_path, to_published, save_as_published, caplog):
+    network = MSVMamba(1, 7, dims=(8, 16, 32, 64), depths=(1, 1, 1, 1))
+    file = save_as_published(tmp_path / "seven.pth", model=to_published(network))
+    one_error(run(*from_weights(trained, "test", file)), r"misshapen classifier.head.weight .*--model.drop_head true")
+    assert run(*from_weights(trained, "test", file, "--model.drop_head", "true"))[0] == 0
+    assert "classifier.head.weight (7, 64) is left out" in caplog.text
 
 
 def test_print_config_is_the_whole_experiment(capsys):

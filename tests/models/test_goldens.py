@@ -1,5 +1,6 @@
 """The published model's numbers, on its weights: logits, maps between stages, gradients."""
 
+import importlib.util
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -8,10 +9,16 @@ import pytest
 import torch
 
 from msv.models import MSVMamba, load_published
-from msv.models.published import published_name
+from msv.models.published import infer_arguments, published_name
 
 FOLDER = Path(__file__).parents[1] / "goldens"
 NAMES = ("small_ss2d", "small_split13", "small_full_n1")
+
+spec = importlib.util.spec_from_file_location("published_twin", Path(__file__).with_name("published_twin.py"))
+assert spec is not None
+assert spec.loader is not None
+twin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(twin)
 
 
 @cache
@@ -91,3 +98,30 @@ def test_another_reading_of_the_half_branch_is_told_apart(change):
         s6.carry_state = change.get("carry_state", True)
         s6.routes = tuple((route, 0) for route in change.get("order", ("rowR", "col", "colR")))
     assert (model(case["input"]) - case["logits"]).abs().max() > 3e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_twin_is_the_published_model(name):
+    """The twin stands for the published code below, at shapes and splits that no golden has: it is held to them."""
+    data = golden(name)
+    full_scans = 4 if data["config"]["scan"] == "ss2d" else data["config"]["ms_split"][0]
+    logits = twin.forward(data["state_dict"], data["cases"]["64x64"]["input"], full_scans)
+    assert (logits - data["cases"]["64x64"]["logits"]).abs().max() <= 3e-6
+
+
+SIZES = [(64, 64), (64, 96), (50, 64), (33, 47), (45, 102)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("parts", [False, True], ids=["plain", "SE-FFN"])
+@pytest.mark.parametrize("full_scans", [1, 2, 3, 4], ids=lambda n: f"{n}-{4 - n}")
+def test_every_split_at_every_size(make_small, to_published, full_scans, parts, size):
+    """Published weights of each split that the published code has, square or not, odd or even; in float64."""
+    arguments = {"full_scans": full_scans, "se": parts, "conv_ffn": parts, "d_state": 1 if parts else 3}
+    published = to_published(make_small(**arguments).double())
+    assert infer_arguments(published)["full_scans"] == full_scans
+    model = make_small(**arguments, perturbed=False).double()
+    load_published(model, published)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), twin.forward(published, images, full_scans), rtol=1e-7, atol=1e-9)

@@ -1,17 +1,17 @@
 """The importer of published checkpoints: what it takes, and what it refuses in words that name the tensor."""
 
 import collections
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from msv.models import MSVMamba, load_published
-from msv.models.published import published_name, read_checkpoint
+from msv.models import PRESETS, MSVMamba, load_published
+from msv.models.checkpoint_file import read_checkpoint
+from msv.models.published import from_published, infer_arguments
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "small_full_n1.pt"
+GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDEN = GOLDENS / "small_full_n1.pt"
 
 
 @pytest.fixture(scope="module")
@@ -35,30 +35,22 @@ def same(network, state):
     return found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
-def test_names_of_the_presets_are_the_published_ones():
-    """A few of the published names of msvmamba_nano, and how many there are."""
+def published_shapes(preset):
+    lines = (line.split("\t") for line in (GOLDENS / f"published_keys_{preset}.txt").read_text().splitlines())
+    return {name: tuple(int(side) for side in shape.strip("()").split(",") if side) for name, shape in lines}
+
+
+@pytest.mark.parametrize("preset, tensors", [("msvmamba_nano", 267), ("vmamba_tiny", 212)])
+def test_names_and_shapes_of_the_presets_are_the_published_ones(preset, tensors):
+    """Every tensor of the published file has one place, and every parameter one tensor."""
+    published = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(preset).items()}
+    arguments = infer_arguments(published)
     with torch.device("meta"):
-        names = {published_name(name) for name in MSVMamba().state_dict()}
-    assert len(names) == 267
-    assert names >= {
-        "patch_embed.0.weight",
-        "patch_embed.2.bias",
-        "layers.0.blocks.0.norm.weight",
-        "layers.0.blocks.0.op.x_proj_weight",
-        "layers.0.blocks.0.op.dt_projs_bias",
-        "layers.0.blocks.0.op.A_logs",
-        "layers.0.blocks.0.op.Ds",
-        "layers.0.blocks.0.op.out_norm.weight",
-        "layers.0.blocks.0.op.se.fc.2.weight",
-        "layers.0.blocks.0.op.conv2d_b1.bias",
-        "layers.0.blocks.0.convFFN.dwc.weight",
-        "layers.0.blocks.0.norm2.bias",
-        "layers.0.downsample.reduction.weight",
-        "layers.2.downsample.norm.bias",
-        "layers.3.blocks.1.op.in_proj.weight",
-        "classifier.norm.weight",
-        "classifier.head.bias",
-    }
+        network = MSVMamba(**arguments)
+    state = from_published(network, published)
+    assert (len(published), state.keys()) == (tensors, network.state_dict().keys())
+    expected = {**PRESETS[preset], "in_chans": 3, "num_classes": 1000}
+    assert {**expected, **arguments} == {**arguments, **expected}
 
 
 def test_weights_are_split_between_the_branches(published, expected):
@@ -123,29 +115,9 @@ def test_old_names(published, expected):
     assert same(network, expected)
 
 
-class CfgNode(dict):
-    """Stands in for yacs', which keeps its flags in the instance and its values in the dict."""
-
-    def __init__(self, values):
-        super().__init__(values)
-        self.__dict__.update({"__immutable__": True, "__deprecated_keys__": set(), "__renamed_keys__": {}})
-
-
-CfgNode.__module__ = "yacs.config"
-
-
 @pytest.fixture
-def with_config(tmp_path, published, monkeypatch):
-    """A file as published: weights, and a yacs node that cannot be imported when the file is read."""
-    assert "yacs" not in sys.modules
-    with monkeypatch.context() as patch:
-        config = types.ModuleType("yacs.config")
-        config.CfgNode = CfgNode
-        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
-        patch.setitem(sys.modules, "yacs.config", config)
-        node = CfgNode({"MODEL": CfgNode({"TYPE": "vssm", "DEPTHS": [1, 1, 2, 1]}), "SEED": 0, "TAG": None})
-        torch.save({"model": published, "config": node, "epoch": 99}, tmp_path / "published.pth")
-    return tmp_path / "published.pth"
+def with_config(tmp_path, published, save_as_published):
+    return save_as_published(tmp_path / "published.pth", model=published)
 
 
 def test_a_file_with_its_configuration_inside(with_config, expected):
@@ -158,13 +130,15 @@ def test_a_file_with_its_configuration_inside(with_config, expected):
     assert config == {"MODEL": {"TYPE": "vssm", "DEPTHS": [1, 1, 2, 1]}, "SEED": 0, "TAG": None}
 
 
-def test_drop_head(published, expected):
+def test_drop_head(published, expected, caplog):
     network = make_network(num_classes=3)
     head = {name: value.clone() for name, value in network.head.state_dict().items()}
-    with pytest.raises(ValueError, match=r"misshapen classifier.head.weight \(10, 128\) for head.fc.weight \(3, 128\)"):
+    message = r"misshapen classifier.head.weight \(10, 128\) for head.fc.weight \(3, 128\).*drop_head=True"
+    with pytest.raises(ValueError, match=message):
         load_published(network, published)
     report = load_published(network, published, drop_head=True)
     assert report.left_out == ("classifier.head.weight", "classifier.head.bias")
+    assert "state dict: classifier.head.weight (10, 128) is left out" in caplog.text
     assert report.tensors == len(published) - 2
     assert all(torch.equal(network.head.state_dict()[name], value) for name, value in head.items())
     assert same(network, {**expected, **{f"head.{name}": value for name, value in head.items()}})
@@ -286,3 +260,64 @@ def test_optimizer_states_beside_the_weights_are_left_alone(tmp_path, published,
     network = make_network()
     load_published(network, tmp_path / "full.pth")
     assert same(network, expected)
+
+
+def test_files_of_before_torch_1_6(tmp_path, published, expected):
+    torch.save({"model": published}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    network = make_network()
+    assert load_published(network, tmp_path / "old.pth").weights == "model"
+    assert same(network, expected)
+
+
+def test_a_choice_made_for_the_user_is_told(published, caplog):
+    load_published(make_network(), {"model": published})
+    assert caplog.text == ""
+    load_published(make_network(), {"model": published, "model_ema": published})
+    assert "takes model_ema; the file has model too" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_weights_that_are_not_finite_are_named(published, caplog, value):
+    bad = {name: tensor.clone() for name, tensor in published.items()}
+    bad[A_LOGS][:3] = value
+    bad["classifier.head.bias"][0] = value
+    report = load_published(make_network(), bad)
+    assert sorted(report.not_finite) == ["classifier.head.bias", A_LOGS]
+    assert f"{A_LOGS} (3 of 64)" in caplog.text
+    assert "NaN or infinite weights in 2 tensor(s)" in caplog.text
+
+
+@pytest.mark.parametrize("arguments, shown", [({"carry_state": False}, "reset at the seams"), ({}, None)], ids=str)
+def test_another_function_of_the_same_shapes_is_told(published, caplog, arguments, shown):
+    load_published(make_network(**arguments), published)
+    assert shown in caplog.text if shown else caplog.text == ""
+
+
+def test_vmambas_weights_in_the_split_0_4_are_told(caplog):
+    ss2d = torch.load(GOLDENS / "small_ss2d.pt", weights_only=True)["state_dict"]
+    load_published(make_network(d_state=8, full_scans=0, se=False, conv_ffn=False), ss2d)
+    assert "the published model has no split 0/4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, state",
+    [("timm", {"layers.0.blocks.0.attn.qkv.weight": torch.ones(3)}), ("bare", {"conv1.weight": torch.ones(3)})],
+)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["state-dict", "in-model"])
+def test_weights_of_another_model(name, state, wrapped):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint of another model: it has {next(iter(state))}; expected .*A_logs"
+    ):
+        load_published(make_network(), {"model": state} if wrapped else state)
+
+
+@pytest.mark.parametrize("prefix", ["", "network."])
+def test_weights_in_our_own_naming(prefix):
+    state = {f"{prefix}{name}": value for name, value in make_network().state_dict().items()}
+    with pytest.raises(ValueError, match=r"this project's own naming.*--model.pretrained takes it as it is"):
+        load_published(make_network(), {"state_dict": state} if prefix else state)
+
+
+def test_a_model_that_is_none_of_ours(published):
+    with pytest.raises(TypeError, match="got a Linear; expected an MSVMamba"):
+        load_published(torch.nn.Linear(2, 2), published)

@@ -387,7 +387,10 @@ def test_pretrained(tmp_path, kind):
 def test_pretrained_with_another_number_of_classes(tmp_path, caplog):
     source = MSVMamba(1, 7, **TINY)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
-    model = Classification(lambda c, n: MSVMamba(c, n, **TINY), 10, 1, pretrained=str(tmp_path / "weights.pt"))
+    options = {"pretrained": str(tmp_path / "weights.pt")}
+    with pytest.raises(ValueError, match=r"head.fc.weight is \(7, 64\), expected \(10, 64\)\); set model.drop_head"):
+        Classification(lambda c, n: MSVMamba(c, n, **TINY), 10, 1, **options)
+    model = Classification(lambda c, n: MSVMamba(c, n, **TINY), 10, 1, drop_head=True, **options)
     assert "another number of classes" in caplog.text
     own, theirs = model.network.state_dict(), source.state_dict()
     differ = [name for name in own if own[name].shape != theirs[name].shape or not torch.equal(own[name], theirs[name])]
