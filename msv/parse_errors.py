@@ -41,8 +41,13 @@ def original_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         original: BaseException = error
+        branches: list[str] = []
         while str(original).startswith("Does not validate") and original.__cause__ is not None:
+            branches = [line[4:] for line in str(original).splitlines() if line.startswith("  - ")]
             original = original.__cause__
+        if "to be a subclass of" in str(original) and len(branches) > 1:
+            # A class that is no network, such as TimmModel, fails at the first branch; what it raised is the last.
+            original = ValueError(branches[-1])
         raise original from None
 
 

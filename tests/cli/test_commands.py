@@ -251,6 +251,12 @@ def test_fit_starts_from_published_weights(run, trained, published, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)  # decay 1: the average never moves
 
 
+def test_an_unknown_preset_gives_the_nearest(run, trained):
+    words = ["--model.network", "msv.models.TimmModel", "--model.network.name", "msvmamba_nan"]
+    message = r"error: no model 'msvmamba_nan' in timm's registry; the nearest are msvmamba_nano"
+    one_error(run(*with_weights(trained, "test", *words)), message)
+
+
 def test_weights_alone_are_no_checkpoint_to_go_on_from(run, trained, published):
     words = ["--config", str(trained / "plain.yaml"), "--config", str(CONFIGS / "quick.yaml")]
     one_error(run("test", *words, "--ckpt_path", str(published)), r"weights alone.*give them to --model.pretrained")
