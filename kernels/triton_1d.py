@@ -18,6 +18,7 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
+    matrix_precision,
     multiprocessors,
     sigmoid,
     softplus,
@@ -31,7 +32,8 @@ from .triton_tiles import (
 VECTORS = (8, 4)
 """Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
 
-# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of 8, of 4, another.
+# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of 8, of 4, another
+# (and, once, the summaries, where few long sequences come).
 _SIZES = ["L", "tiles", "groups", "chunks", "chunk_tiles"]
 
 
@@ -108,7 +110,6 @@ def scan_1d_forward(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    CHUNKED: tl.constexpr,
     SUMMARY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -159,8 +160,8 @@ def scan_1d_forward(
     reach = tl.zeros((C,), tl.float32)
     if N == 1:
         A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-        if CHUNKED and not SUMMARY:
-            h = tl.load(starts_ptr, mask=mask, other=0.0)
+        if not SUMMARY:
+            h = tl.load(starts_ptr, mask=in_group < tl.where(chunks > 1, D, 0), other=0.0)
 
     us = load_tile(u_ptr, i0 * T, L, mask, C, T, V)
     raws = load_tile(delta_ptr, i0 * T, L, mask, C, T, V)
@@ -195,12 +196,11 @@ def scan_1d_forward(
         else:
             for n in range(0, N):
                 A2 = tl.load(A_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-                before = saved_ptr + ((i - 1) * N + n) * channels
-                if CHUNKED and not SUMMARY:
-                    before = tl.where(i > i0, before, starts_ptr + n * channels)
-                    h = tl.load(before, mask=mask, other=0.0)
-                else:
-                    h = tl.load(before, mask=in_group < tl.where(i > i0, D, 0), other=0.0)
+                before = tl.where(i > i0, saved_ptr + ((i - 1) * N + n) * channels, starts_ptr + n * channels)
+                known = i > i0
+                if not SUMMARY:
+                    known = known | (chunks > 1)
+                h = tl.load(before, mask=in_group < tl.where(known, D, 0), other=0.0)
                 Bs = load_line(B_ptr + line + n * L, t0, L, T, V)
                 Cs = load_line(C_ptr + line + n * L, t0, L, T, V)
                 ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
@@ -269,6 +269,7 @@ def scan_1d_backward(
     ALIGNED: tl.constexpr,
     SUMMARY: tl.constexpr,
     EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Backward; or, as SUMMARY, the adjoint that each chunk makes of a zero one behind it, and its sum of Δ.
 
@@ -378,12 +379,12 @@ def scan_1d_backward(
         if N == 1:
             h = tl.load(saved_ptr + (i - 1) * channels, mask=in_group < tl.where(i > 0, D, 0), other=0.0)
             s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, T
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, T
             )
             dA += dA_tile
             if not SUMMARY:
-                tl.store(dB_ptr + to, sum_channels(into_B, C, T, EXACT), mask=to_mask)
-                tl.store(dC_ptr + to, sum_channels(into_C, C, T, EXACT), mask=to_mask)
+                tl.store(dB_ptr + to, sum_channels(into_B, C, T, PRECISION), mask=to_mask)
+                tl.store(dC_ptr + to, sum_channels(into_C, C, T, PRECISION), mask=to_mask)
         else:
             for n in range(0, N):
                 A2 = tl.load(A_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E
@@ -395,14 +396,14 @@ def scan_1d_backward(
                 Bs = load_line(B_ptr + line + n * L, t0, L, T, V)
                 Cs = load_line(C_ptr + line + n * L, t0, L, T, V)
                 s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, T
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, T
                 )
                 tl.store(ends_ptr + n * channels, s, mask=mask)
                 if not SUMMARY:
                     dA_tile += tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
                     tl.store(dA_ptr + n * channels, dA_tile, mask=mask)
-                    tl.store(dB_ptr + n * L + to, sum_channels(into_B, C, T, EXACT), mask=to_mask)
-                    tl.store(dC_ptr + n * L + to, sum_channels(into_C, C, T, EXACT), mask=to_mask)
+                    tl.store(dB_ptr + n * L + to, sum_channels(into_B, C, T, PRECISION), mask=to_mask)
+                    tl.store(dC_ptr + n * L + to, sum_channels(into_C, C, T, PRECISION), mask=to_mask)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             dus = ()
@@ -475,7 +476,6 @@ def selective_scan(
                 reach,
                 *_sizes(u, B.shape[1], chunks),
                 **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
-                CHUNKED=chunks.count > 1,
                 SUMMARY=summary,
                 num_warps=1,
             )
@@ -508,7 +508,8 @@ def selective_scan_backward(
     blocks = triton.cdiv(channels // groups, CHANNELS)
     with torch.cuda.device_of(u):
         chunks, ends, reach = _cut(u, groups, d_state)
-        initial = None if dlast is None else dlast.float().mT.contiguous()
+        # A copy whatever its shape, because the kernel uses it up.
+        initial = None if dlast is None else dlast.mT.to(torch.float32, copy=True).contiguous()
         if chunks.count == 1:
             ends = _zeros(u, batch, d_state, channels) if initial is None else initial
         du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
@@ -541,6 +542,7 @@ def selective_scan_backward(
                 *_sizes(u, groups, chunks),
                 **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
                 SUMMARY=summary,
+                PRECISION=matrix_precision(u, delta, B, C),
                 num_warps=1,
             )
 

@@ -8,7 +8,7 @@ and the matrix product that makes its delta is the last thing done before it is 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from .triton_tiles import (
     carry_chunks,
     cut,
     load_steps,
+    matrix_precision,
     multiprocessors,
     sigmoid,
     softplus,
@@ -35,7 +36,8 @@ from .triton_tiles import (
     walk_forward,
 )
 
-# A new image size is a new value of these, and must compile nothing.
+# A new image size is a new value of these, and compiles nothing (but, once, the summaries, where few long sequences
+# come).
 _SIZES = ["L", "slots", "routes", "sequences", "chunks", "chunk_tiles"]
 
 # The interpreter multiplies bf16 matrices wrongly.
@@ -44,9 +46,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def project(low, w_hi, w_lo, bias, C: tl.constexpr, T: tl.constexpr):
-    """Delta before its softplus, T vectors (C,): low (T, R) times the weight (R, C), as exact as float32.
+    """Delta before its softplus, T vectors (C,): low (T, R) times the weight (R, C).
 
-    A 16-bit low multiplies the weight in two parts that together hold what the weight does.
+    A 16-bit low multiplies the weight in two parts of its own kind, which hold it to 2^-17 (bf16) or 2^-22 (fp16).
     """
     if INTERPRETED:
         raw = tl.dot(low.to(tl.float32), w_hi.to(tl.float32))
@@ -103,8 +105,8 @@ def store_rows(base, table_ptr, d, columns, rest, D: tl.constexpr, C: tl.constex
 
 
 @triton.jit
-def load_tile(table_ptr, T: tl.constexpr):
-    """A tile of a table, as a tuple of T vectors (1,)."""
+def load_positions(table_ptr, T: tl.constexpr):
+    """A tile of a table of positions, as a tuple of T vectors (1,)."""
     return unstack(tl.load(table_ptr + tl.arange(0, T)), 1, T)
 
 
@@ -136,7 +138,6 @@ def scan_2d_forward(
     RP: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
-    CHUNKED: tl.constexpr,
     SUMMARY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -193,16 +194,17 @@ def scan_2d_forward(
     reach = tl.zeros((C,), tl.float32)
     if N == 1:
         A2 = -tl.exp2(tl.load(A_log_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
-        if CHUNKED and not SUMMARY:
-            h = tl.load(starts_ptr, mask=mask, other=0.0)
+        if not SUMMARY:
+            h = tl.load(starts_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
-    at = load_tile(positions_ptr + i0 * T, T)
+    at = load_positions(positions_ptr + i0 * T, T)
     x_tile = load_rows(x_ptr, positions_ptr + i0 * T, d, T, D, T)
     raws = project(load_low(p_ptr, positions_ptr + i0 * T, S * W, R, RP, T), w_hi, w_lo, bias, C, T)
+    state_ptr = saved_ptr + i0.to(tl.int64) * (N * D)  # what is saved behind tile i
     for i in range(i0, i1):
         # The next tile's loads; behind the last one, the last one's again.
         following = positions_ptr + tl.minimum(i + 1, i1 - 1) * T
-        next_at = load_tile(following, T)
+        next_at = load_positions(following, T)
         next_x = load_rows(x_ptr, following, d, T, D, T)
         low = load_low(p_ptr, following, S * W, R, RP, T)
         if N == 1:
@@ -224,21 +226,20 @@ def scan_2d_forward(
             ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
             if not SUMMARY:
                 if i + 1 < end:
-                    tl.store(saved_ptr + i * D, h, mask=mask)
+                    tl.store(state_ptr, h, mask=mask)
         else:
             for n in range(0, N):
                 A2 = -tl.exp2(tl.load(A_log_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
-                before = saved_ptr + ((i - 1) * N + n) * D
-                if CHUNKED and not SUMMARY:
-                    before = tl.where(i > i0, before, starts_ptr + n * D)
-                    h = tl.load(before, mask=mask, other=0.0)
-                else:
-                    h = tl.load(before, mask=d < tl.where(i > i0, D, 0), other=0.0)
+                before = tl.where(i > i0, state_ptr + (n - N) * D, starts_ptr + n * D)
+                known = i > i0
+                if not SUMMARY:
+                    known = known | (chunks > 1)
+                h = tl.load(before, mask=d < tl.where(known, D, 0), other=0.0)
                 Bs = load_steps(p_ptr + R + n + one, at, S * W, T)
                 Cs = load_steps(p_ptr + R + N + n + one, at, S * W, T)
                 ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                 if i + 1 < end:
-                    tl.store(saved_ptr + (i * N + n) * D, h, mask=mask)
+                    tl.store(state_ptr + n * D, h, mask=mask)
                 if SUMMARY:
                     if i + 1 == i1:
                         tl.store(starts_ptr + n * D, h, mask=mask)
@@ -248,6 +249,7 @@ def scan_2d_forward(
         raws = project(low, w_hi, w_lo, bias, C, T)
         x_tile = next_x
         at = next_at
+        state_ptr += N * D
     if SUMMARY:
         tl.store(reach_ptr + row.to(tl.int64) * D + d, reach, mask=mask)
         if N == 1:
@@ -288,9 +290,9 @@ def scan_2d_backward(
     RP: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
-    CHUNKED: tl.constexpr,
     SUMMARY: tl.constexpr,
     EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Backward; or, as SUMMARY, the adjoint that each chunk makes of a zero one behind it, and its sum of Δ.
 
@@ -301,7 +303,7 @@ def scan_2d_backward(
         dweight_ptr, dbias_ptr, dA_ptr, dskip_ptr: (B, sequences, chunks, ...), float32: (D, R), (D,), (N, D), (D,),
             each program's part of a sum; dA is that of A, and holds zeros before where N > 1.
         ends_ptr: adjoints that reach chunks from behind, (B, sequences, chunks, N, D), zeros where none does; where
-            N > 1 they are used up. Not read where N = 1 and there is one chunk.
+            N > 1 they are used up. Not read where N = 1 and there is one chunk; SUMMARY overwrites them.
     """
     BLOCKS: tl.constexpr = (D + C - 1) // C
     W: tl.constexpr = R + 2 * N
@@ -346,7 +348,6 @@ def scan_2d_backward(
     weight = tl.load(
         weight_ptr + (weights * D + d)[:, None] * R + r[None, :], mask=mask[:, None] & (r < R)[None, :], other=0.0
     ).to(tl.float32)
-    precision: tl.constexpr = "tf32x3" if EXACT else "tf32"
     s = tl.zeros((C,), tl.float32)
     reach = tl.zeros((C,), tl.float32)
     dA = tl.zeros((C,), tl.float32)
@@ -355,14 +356,15 @@ def scan_2d_backward(
     dweight = tl.zeros((C, RP), tl.float32)
     if N == 1:
         A2 = -tl.exp2(tl.load(A_log_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
-        if CHUNKED and not SUMMARY:
-            s = tl.load(ends_ptr, mask=mask, other=0.0)
+        if not SUMMARY:
+            s = tl.load(ends_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
     last = i1 - 1
     x_tile = load_rows(x_ptr, positions_ptr + last * T, d, T, D, T)
     dy_tile = load_rows(dy_ptr, places_ptr + last * T, d, length - last * T, D, T)
     low = load_low(p_ptr, positions_ptr + last * T, S * W, R, RP, T)
     raws = project(low, w_hi, w_lo, bias, C, T)
+    state_ptr = saved_ptr + (last - 1).to(tl.int64) * (N * D)  # what is saved before tile i
     for back in range(0, i1 - i0):
         i = last - back
         # The next loads, those of the tile before; before the first one, the first one's again. Of all tiles only the
@@ -373,7 +375,7 @@ def scan_2d_backward(
         xs = unstack(x_tile.trans(), C, T)
         dys = unstack(dy_tile.trans(), C, T)
         next_low = load_low(p_ptr, positions_ptr + following, S * W, R, RP, T)
-        at = load_tile(positions_ptr + i * T, T)
+        at = load_positions(positions_ptr + i * T, T)
         if N == 1:
             Bs = load_steps(p_ptr + R + one, at, S * W, T)
             Cs = load_steps(p_ptr + R + 1 + one, at, S * W, T)
@@ -399,32 +401,32 @@ def scan_2d_backward(
         dp_column = dp_rows[:, None] + tl.zeros((1, 8), tl.int32)
         first_column = in_route[:, None] & (tl.arange(0, 8) == 0)[None, :]
         if N == 1:
-            h = tl.load(saved_ptr + (i - 1) * D, mask=d < tl.where(i > 0, D, 0), other=0.0)
+            h = tl.load(state_ptr, mask=d < tl.where(i > 0, D, 0), other=0.0)
             s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, T
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, length - i * T, T
             )
             dA += dA_tile
             if not SUMMARY:
-                tl.store(dp_column + R, sum_channels(into_B, C, T, EXACT), mask=first_column)
-                tl.store(dp_column + R + 1, sum_channels(into_C, C, T, EXACT), mask=first_column)
+                tl.store(dp_column + R, sum_channels(into_B, C, T, PRECISION), mask=first_column)
+                tl.store(dp_column + R + 1, sum_channels(into_C, C, T, PRECISION), mask=first_column)
         else:
             for n in range(0, N):
                 A2 = -tl.exp2(tl.load(A_log_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
-                h = tl.load(saved_ptr + ((i - 1) * N + n) * D, mask=d < tl.where(i > 0, D, 0), other=0.0)
+                h = tl.load(state_ptr + n * D, mask=d < tl.where(i > 0, D, 0), other=0.0)
                 s = tl.load(ends_ptr + n * D, mask=mask, other=0.0)
                 if SUMMARY:
                     s = tl.where(back > 0, s, 0.0)
                 Bs = load_steps(p_ptr + R + n + one, at, S * W, T)
                 Cs = load_steps(p_ptr + R + N + n + one, at, S * W, T)
                 s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, T
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, length - i * T, T
                 )
                 tl.store(ends_ptr + n * D, s, mask=mask)
                 if not SUMMARY:
                     dA_tile += tl.load(dA_ptr + n * D, mask=mask, other=0.0)
                     tl.store(dA_ptr + n * D, dA_tile, mask=mask)
-                    tl.store(dp_column + R + n, sum_channels(into_B, C, T, EXACT), mask=first_column)
-                    tl.store(dp_column + R + N + n, sum_channels(into_C, C, T, EXACT), mask=first_column)
+                    tl.store(dp_column + R + n, sum_channels(into_B, C, T, PRECISION), mask=first_column)
+                    tl.store(dp_column + R + N + n, sum_channels(into_C, C, T, PRECISION), mask=first_column)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
@@ -438,13 +440,14 @@ def scan_2d_backward(
                 dxs = dxs + (dx,)
             store_rows(dx_ptr, places_ptr + i * T, d, dxs, length - i * T, D, C, T)
             draws = stack(into_raw, C, T)
-            dlow = tl.dot(draws.trans(), weight, input_precision=precision)
+            dlow = tl.dot(draws.trans(), weight, input_precision=PRECISION)
             tl.store(dp_rows[:, None] + r[None, :], dlow, mask=in_route[:, None] & (r < R)[None, :])
-            dweight = tl.dot(draws, low.to(tl.float32), dweight, input_precision=precision)
+            dweight = tl.dot(draws, low.to(tl.float32), dweight, input_precision=PRECISION)
         raws = project(next_low, w_hi, w_lo, bias, C, T)
         low = next_low
         x_tile = next_x
         dy_tile = next_dy
+        state_ptr -= N * D
     if SUMMARY:
         tl.store(reach_ptr + wide_row * D + d, reach, mask=mask)
         if N == 1:
@@ -512,7 +515,6 @@ def selective_scan_2d(
                 reach,
                 *_sizes(plan, chunks, x, len(routes)),
                 **_constants(x, x_dbl, dt_weight, d_state),
-                CHUNKED=chunks.count > 1,
                 SUMMARY=summary,
                 num_warps=1,
             )
@@ -537,8 +539,8 @@ def selective_scan_2d_backward(
     carry_state: bool,
 ) -> tuple[Tensor, ...]:
     """As `parallel.selective_scan_2d_backward`. Programs write their parts of sums side by side; torch adds them up."""
-    tensors = [t.contiguous() for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip)]
-    x, x_dbl, dt_weight, dt_bias, A_log, D_skip = tensors
+    tensors = [t.contiguous() for t in (dy, x, x_dbl, dt_weight, dt_bias, A_log, D_skip)]
+    dy, x, x_dbl, dt_weight, dt_bias, A_log, D_skip = tensors
     batch, height, width, channels = x.shape
     sets, _, rank = dt_weight.shape
     d_state, count = A_log.shape[2], len(routes)
@@ -546,7 +548,7 @@ def selective_scan_2d_backward(
     with torch.cuda.device_of(x):
         plan = _plan(tuple(routes), carry_state, height, width, x.device)
         chunks, ends, reach = _cut(plan, x, d_state)
-        if d_state > 1:
+        if d_state > 1 and chunks.count == 1:
             ends = _zeros(x, batch, len(plan.sets), chunks.count, d_state, channels)
 
         def parts(*shape: int) -> Tensor:
@@ -562,7 +564,7 @@ def selective_scan_2d_backward(
         def launch(summary: bool) -> None:
             grid = (batch * len(plan.sets) * chunks.count * blocks,)
             scan_2d_backward[grid](
-                dy.contiguous(),
+                dy,
                 x,
                 x_dbl,
                 plan.positions,
@@ -583,8 +585,8 @@ def selective_scan_2d_backward(
                 reach,
                 *_sizes(plan, chunks, x, count),
                 **_constants(x, x_dbl, dt_weight, d_state),
-                CHUNKED=chunks.count > 1,
                 SUMMARY=summary,
+                PRECISION=matrix_precision(x, x_dbl),
                 num_warps=1,
             )
 
@@ -612,13 +614,32 @@ def saved_numel_2d(shape: Sequence[int], d_state: int, routes: Sequence[tuple[st
     return batch * slots * d_state * channels
 
 
+_PLANS: dict[tuple, Plan] = {}
+"""Kept for good: a captured CUDA graph may go on reading one."""
+
+
 def _plan(
     routes: tuple[tuple[str, int], ...], carry_state: bool, height: int, width: int, device: torch.device
 ) -> Plan:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # What is made now belongs to the graph that is being captured.
-        return _make_plan(routes, carry_state, height, width, device)
-    return _kept_plan(routes, carry_state, height, width, device)
+    key = routes, carry_state, height, width, device
+    if key not in _PLANS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # What is made now belongs to the graph that is being captured.
+            return _make_plan(*key)
+        # In a thread of its own, whose memory belongs to no graph that this thread may be warming up for; and on the
+        # CPU first, so that it is there, whichever stream asks for it next.
+        with ThreadPoolExecutor(1) as elsewhere:
+            _PLANS[key] = elsewhere.submit(_make_kept_plan, *key).result()
+    return _PLANS[key]
+
+
+def _make_kept_plan(
+    routes: tuple[tuple[str, int], ...], carry_state: bool, height: int, width: int, device: torch.device
+) -> Plan:
+    plan = _make_plan(routes, carry_state, height, width, torch.device("cpu"))
+    return plan._replace(
+        positions=plan.positions.to(device), places=plan.places.to(device), sequences=plan.sequences.to(device)
+    )
 
 
 def _make_plan(
@@ -643,17 +664,6 @@ def _make_plan(
     for number, fact in enumerate(facts):
         table[number].fill_(fact)  # nothing is copied from the CPU, which a captured graph must not
     return Plan(torch.cat(positions).int(), torch.cat(places).int(), table, sets, tuple(tiles))
-
-
-@lru_cache(maxsize=256)
-def _kept_plan(
-    routes: tuple[tuple[str, int], ...], carry_state: bool, height: int, width: int, device: torch.device
-) -> Plan:
-    # Made on the CPU, so that it is there, whichever stream asks for it next.
-    plan = _make_plan(routes, carry_state, height, width, torch.device("cpu"))
-    return plan._replace(
-        positions=plan.positions.to(device), places=plan.places.to(device), sequences=plan.sequences.to(device)
-    )
 
 
 def _cut(plan: Plan, x: Tensor, d_state: int) -> tuple[Chunks, Tensor, Tensor]:

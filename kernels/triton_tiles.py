@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 STEPS = 16
 """Steps of a tile: the least that the matrix units take, and one state in 16 steps is what a backward needs saved."""
@@ -69,9 +70,9 @@ def stack(columns, C: tl.constexpr, T: tl.constexpr):
 def softplus(x, EXACT: tl.constexpr):
     """log(1 + exp(x)), with full relative accuracy however small it gets.
 
-    max(x, 0) + log1p(e) with e = exp(-|x|) in (0, 1], where log1p(e) / e is a polynomial (least relative error on that
-    interval: 2e-7, or 9e-6 where inputs are 16 bits wide). One exponential, no logarithm, whose hardware version is
-    only absolutely accurate near 1.
+    max(x, 0) + log1p(e) with e = exp(-|x|) in (0, 1], where log1p(e) / e is a polynomial (of least relative error on
+    that interval: computed in float32 3e-7, or 9e-6 where inputs are 16 bits wide). One exponential, no logarithm,
+    whose hardware version is only absolutely accurate near 1.
     """
     e = tl.exp2(tl.abs(x) * -LOG2_E)
     if EXACT:
@@ -108,12 +109,12 @@ def walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T: tl.constexpr):
 
 
 @triton.jit
-def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, T: tl.constexpr):
+def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, rest, T: tl.constexpr):
     """One state through a tile and back.
 
     Args, of T vectors each: steps Δ, inputs Δ u, Bs, Cs, dys. h is the state before the tile, s the adjoint
-    exp(Δ A) dh of the step behind it. Added to: ys, C h; dinputs, the gradients of Δ u; dsteps, those of Δ inside the
-    exponent.
+    exp(Δ A) dh of the step behind it; rest says how many of the steps are any. Added to: ys, C h; dinputs, the
+    gradients of Δ u; dsteps, those of Δ inside the exponent.
 
     Returns:
         (s before the tile, ys, dinputs, dsteps, gradient of A summed over the tile, and T vectors each whose sums
@@ -140,7 +141,7 @@ def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, T: 
         g = Cs[t].to(tl.float32) * dys[t] + s
         into_B = (g * inputs[t],) + into_B
         dus = (dinputs[t] + g * Bs[t].to(tl.float32),) + dus
-        through = g * kept[t]
+        through = tl.where(t < rest, g * kept[t], 0.0)  # behind the end kept may be NaN, and 0 times it too
         dts = (dsteps[t] + A * through,) + dts
         dA += steps[t] * through
         s = decays[t] * g
@@ -148,10 +149,10 @@ def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, T: 
 
 
 @triton.jit
-def sum_channels(columns, C: tl.constexpr, T: tl.constexpr, EXACT: tl.constexpr):
+def sum_channels(columns, C: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
     """Sums over channels of T vectors (C,), in each column of (T, 8): the matrix units add faster than shuffles."""
     ones = tl.full((C, 8), 1.0, tl.float32)
-    return tl.dot(stack(columns, C, T).trans(), ones, input_precision="tf32x3" if EXACT else "tf32")
+    return tl.dot(stack(columns, C, T).trans(), ones, input_precision=PRECISION)
 
 
 @triton.jit
@@ -201,7 +202,17 @@ def carry_chunks(
         at = values_ptr + (c * N + n) * D + d
         made = tl.load(at, mask=mask, other=0.0)
         tl.store(at, value, mask=mask)
-        value = made + tl.exp2(A2 * tl.load(reach_ptr + c * D + d, mask=mask, other=0.0)) * value
+        decay = tl.exp2(A2 * tl.load(reach_ptr + c * D + d, mask=mask, other=0.0))
+        value = tl.where(value == 0.0, made, made + decay * value)  # a decay that grows may be infinite
+
+
+def matrix_precision(*inputs: Tensor) -> str:
+    """How the backward's matrix units multiply: as float32, or bf16 inputs as tf32, which drops bits they don't have.
+
+    The 10 bits that tf32 keeps of a product's operands are all that fp16 has, and it cuts the rest off.
+    """
+    narrow = {t.dtype for t in inputs} == {torch.bfloat16}
+    return "tf32" if narrow else "tf32x3"
 
 
 class Chunks(NamedTuple):
@@ -219,7 +230,8 @@ class Chunks(NamedTuple):
 def cut(programs: int, tiles: int, multiprocessors: int) -> Chunks:
     """Cuts sequences of so many tiles that so many programs would walk at once.
 
-    A cut costs a second walk over all chunks, so it has to bring several times as many programs.
+    A cut costs a second walk over all chunks, so it has to bring several times as many programs. It depends on the GPU,
+    and so do the last bits of what is cut.
     """
     count = min(tiles // CHUNK_TILES, -(-PROGRAMS_WANTED * multiprocessors // programs))
     if count < 3:

@@ -156,7 +156,7 @@ def _ours_and_rival(
 ) -> dict[str, Any]:
     input_sets = min(8, max(1, -(-effort.batch_bytes // case.floor_bytes)))
     calls = [case.call(device, backend) for _ in range(input_sets)]
-    row = _memory(case, calls[0], device)
+    row = _memory(case, calls[0], device, backend)
     works: dict[str, list[Work]] = {
         "forward": [call.forward for call in calls],
         "forward_backward": [call.forward_backward for call in calls],
@@ -215,9 +215,10 @@ def _rivals(case: Case, calls: Sequence[Call], kernel: Kernel | None) -> tuple[l
     return rivals, None if rivals else SUPPORTED_MAPS
 
 
-def _memory(case: Case, call: Call, device: torch.device) -> dict[str, Any]:
+def _memory(case: Case, call: Call, device: torch.device, backend: Backend) -> dict[str, Any]:
+    triton = backend == "triton" or (backend == "auto" and device.type == "cuda")
     with torch.no_grad():
-        saved_bytes = nbytes(case.saved(call.tensors))
+        saved_bytes = nbytes(case.saved(call.tensors, triton))
     inputs = nbytes(*call.tensors)
     io_bytes = inputs + nbytes(call.forward())
     peak_bytes = inputs + nbytes(call.upstream) + peak_memory(call.forward_backward, device)

@@ -98,10 +98,10 @@ class SequenceCase:
 
         return Call(scan, leaves(u, delta, -A_log.exp(), B, C, D, bias), upstream)
 
-    def saved(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """What the registered operator keeps for the backward, beside its inputs."""
+    def saved(self, tensors: tuple[Tensor, ...], triton: bool) -> Tensor:
+        """What the registered operator keeps for the backward beside its inputs, in Triton or in torch."""
         u, delta, A, B, C, D, bias = tensors
-        return torch.ops.msv.selective_scan(u, delta, A, B, C, D, None, bias, True)[-1]
+        return torch.ops.msv.selective_scan(u, delta, A, B, C, D, None, bias, True, triton)[-1]
 
     def tiny(self) -> "SequenceCase":
         """The same at a size that an interpreter manages."""
@@ -182,10 +182,10 @@ class MapCase:
         scan = partial(selective_scan_2d, routes=self.routes, carry_state=self.carry_state, backend=backend)
         return Call(scan, leaves(x, x_dbl, dt_weight, dt_bias, A_log, D_skip), upstream)
 
-    def saved(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """What the registered operator keeps for the backward, beside its inputs."""
+    def saved(self, tensors: tuple[Tensor, ...], triton: bool) -> Tensor:
+        """What the registered operator keeps for the backward beside its inputs, in Triton or in torch."""
         numbers, sets = [ROUTES.index(route) for route, _ in self.routes], [s for _, s in self.routes]
-        return torch.ops.msv.selective_scan_2d(*tensors, numbers, sets, self.carry_state)[-1]
+        return torch.ops.msv.selective_scan_2d(*tensors, numbers, sets, self.carry_state, triton)[-1]
 
     def tiny(self) -> "MapCase":
         """The same at a size that an interpreter manages."""

@@ -335,6 +335,16 @@ def test_1d_nan_stays_behind_the_recurrence(make_1d, outputs_and_gradients, devi
 
 
 @devices
+@pytest.mark.parametrize("name", ["u", "B"])
+def test_1d_nan_in_the_last_step(make_1d, outputs_and_gradients, device, name):
+    arguments = to(make_1d(1, 2, 20, 2, dtype=FLOAT32, grad=False), device)
+    arguments[name][..., -1] = torch.nan
+    found, expected = (outputs_and_gradients(selective_scan, arguments, backend=b) for b in (BACKEND, "reference"))
+    for part, same in zip(found, expected, strict=True):
+        assert [key for key, t in part.items() if not torch.equal(t.isnan(), same[key].isnan())] == []
+
+
+@devices
 @pytest.mark.parametrize("name", ["x", "x_dbl"])
 @pytest.mark.parametrize("routes", [*ROUTES, "three-carried"])
 def test_2d_nan_stays_behind_the_recurrence(make_2d, outputs_and_gradients, device, name, routes):
@@ -420,6 +430,11 @@ def test_images_do_not_know_of_each_other(operator, device):
         assert torch.equal(permuted, t[order])
 
 
+def cut_into(monkeypatch, tiles):
+    for module in ("triton_1d", "triton_2d"):
+        monkeypatch.setattr(f"msv.kernels.{module}.cut", lambda _, most, __: Chunks(-(-most // tiles), tiles))
+
+
 @devices
 @pytest.mark.parametrize("channels, tiles", [(32, 1), (64, None)], ids=str)
 def test_blocks_and_chunks_change_nothing_but_rounding(
@@ -429,11 +444,41 @@ def test_blocks_and_chunks_change_nothing_but_rounding(
     expected = outputs_and_gradients(scan, arguments)
     for module in ("triton_1d", "triton_2d"):
         monkeypatch.setattr(f"msv.kernels.{module}.CHANNELS", channels)
-        if tiles:
-            monkeypatch.setattr(f"msv.kernels.{module}.cut", lambda _, most, __: Chunks(-(-most // tiles), tiles))
+    if tiles:
+        cut_into(monkeypatch, tiles)
     found = outputs_and_gradients(scan, arguments)
     for part, same in zip(found, expected, strict=True):
         assert all(relative_error(part[name], t) < 1e-6 for name, t in same.items())
+
+
+@devices
+def test_chunks_of_several_tiles_and_sequences_of_several_lengths(monkeypatch, make_2d, assert_exact, device):
+    cut_into(monkeypatch, 2)
+    routes = (("row", 0), ("colR", 0), ("col", 2), ("rowR", 0))  # two, one and one; no route with the set 1
+    scan = partial(selective_scan_2d, routes=routes, carry_state=True)
+    assert_exact(scan, to(make_2d(1, 6, 7, 5, 2, 2, 3, FLOAT32, grad=False), device))
+
+
+@devices
+def test_growing_states_over_chunks(monkeypatch, device):
+    cut_into(monkeypatch, 1)
+    u = torch.zeros(1, 1, 64, device=device)
+    one = torch.ones(1, 1, 64, device=device)
+    y = selective_scan(u, 5 * one, one[0, :, :1], one, one, backend=BACKEND)
+    assert torch.equal(y, u)
+
+
+@devices
+def test_the_gradient_of_the_last_state_is_left_alone(device):
+    u, delta = torch.randn(2, 1, 20, device=device), torch.rand(2, 1, 20, device=device)
+    A = -torch.rand(1, 3, device=device)
+    B = torch.randn(2, 3, 20, device=device, requires_grad=True)
+    _, last = scan_and_last(u, delta, A, B, B, backend=BACKEND)
+    dlast = torch.randn_like(last)
+    before = dlast.clone()
+    first, second = (torch.autograd.grad(last, B, dlast, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(dlast, before)
+    assert torch.equal(first, second)
 
 
 def test_long_sequences_are_cut_where_there_are_few():

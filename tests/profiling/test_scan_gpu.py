@@ -65,7 +65,7 @@ def test_calls(case):
     read = call.tensors[:2] if case.operator == "2d" else [call.tensors[i] for i in (0, 1, 3, 4)]
     assert case.floor_bytes == sum(t.nbytes for t in (*read, y))
     with torch.no_grad():
-        assert case.saved(call.tensors).numel() > 0
+        assert case.saved(call.tensors, triton=False).numel() > 0
 
 
 def test_cross_scan_and_merge():
