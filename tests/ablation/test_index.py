@@ -1,16 +1,13 @@
-import csv
-import io
 import sys
 import types
 
 import pytest
 
-from msv.ablation import counted, index
-from msv.ablation.counted import count_grid, render_csv, render_markdown, shipped_grids
+from msv.ablation import index
+from msv.ablation.counted import shipped_grids
 from msv.ablation.grid import resolve_runs, write_grid_file
 from msv.ablation.index import write_all, write_index
 from msv.ablation.keep import keep_grid
-from msv.ablation.paper import PAPER_ROWS
 from msv.ablation.records import write_record
 from msv.ablation.tables import main
 from msv.grid_section import Grid
@@ -110,47 +107,3 @@ def test_all_and_grid_exclude_each_other(results, capsys):
     with pytest.raises(SystemExit):
         main(["--all", "--grid", "g"])
     assert "not allowed with" in capsys.readouterr().err
-
-
-# Counts.
-
-
-@pytest.fixture(scope="module")
-def components():
-    (path,) = [path for path in shipped_grids() if path.stem == "controls_components"]
-    return count_grid(path)
-
-
-def test_counts_of_the_controls(components):
-    toggles, rows = components
-    assert set(toggles) == {"full_scans", "depths", "se", "conv_ffn", "d_state"}
-    counts = {row.cell: (row.params, round(row.gflops, 3)) for row in rows}
-    assert counts["vmamba_nano"] == (4_435_288, 0.873)
-    assert counts["ms2d_equal_depth"] == (4_196_632, 0.663)
-    # SE has two products of D × D/8 in each of the nine blocks.
-    se = sum(2 * (2 * dim) ** 2 // 8 * depth for dim, depth in zip((48, 96, 192, 384), (1, 2, 4, 2), strict=True))
-    assert counts["ms2d_se_equal_depth"][0] - counts["ms2d_equal_depth"][0] == se
-    assert counts["vmamba_se"][0] - counts["vmamba_nano"][0] == se
-    printed = {row.cell: row.paper.name for row in rows if row.paper}
-    assert set(printed) == {"vmamba_nano", "ms2d", "ms2d_se", "ms2d_se_ffn", "msvmamba_nano", "vmamba_deeper"}
-    assert set(printed.values()) <= {row.name for row in PAPER_ROWS}
-    assert all(row.rounds_alike for row in rows if row.paper)
-
-
-def test_control_rows_stand_under_their_own_headings(components):
-    toggles, rows = components
-    text = render_markdown("g", toggles, rows)
-    _, paper, depth, on_ms2d, on_ss2d = text.split("\n## ")
-    assert paper.startswith("The paper's rows (Table 4)")
-    assert "| ms2d_equal_depth " in depth
-    assert "*paper: params, M*" not in on_ms2d
-    assert "- `vmamba_se`: does SE need MS2D?" in on_ss2d
-    table = list(csv.DictReader(io.StringIO(render_csv(toggles, rows))))
-    assert [row["cell"] for row in table] == [row.cell for row in rows]
-    assert (table[1]["paper_params_m"], table[1]["rounds_alike"], table[-1]["paper_params_m"]) == ("4.8", "true", "")
-
-
-def test_every_grid_that_compares_is_counted():
-    assert {path.stem for path in counted.shipped_grids()} == {
-        "ablate_components", "ablate_scans", "compare_baseline", "controls_components", "controls_scans",
-    }  # fmt: skip
