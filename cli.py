@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "tables": "msv.ablation.tables",
-    "keep": "msv.ablation.keep",
+    "tables": "msv.publishing.command",
+    "keep": "msv.publishing.keep",
     "profile": "msv.ablation.profiles",
     "compare": "msv.comparison.command",
     "benchmark": "msv.profiling.benchmark",

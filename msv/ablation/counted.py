@@ -1,57 +1,43 @@
 """Parameters and FLOPs of a grid's cells: what a table can say of networks that nobody has trained here."""
 
 import csv
-import importlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from msv.ablation.check import resolve_all
-from msv.ablation.grid import Run
 from msv.ablation.markdown import pipe_table
-from msv.ablation.names import format_value, toggle_names
-from msv.ablation.paper import PaperRow, paper_row
-from msv.experiment import ExperimentCLI
+from msv.ablation.names import format_value
+from msv.ablation.subjects import Subject, grid_rows
 from msv.files import EXPERIMENTS, write_atomic
-from msv.grid_section import Grid
-from msv.profiling import count
+from msv.profiling import Counts, profile_model
 
 _NONE = "–"
 
 
 @dataclass(frozen=True)
 class CountedRow:
-    """A cell's network at 1x3x224x224 with 1000 classes.
+    """A cell's network, counted at 1x3x224x224 with 1000 classes.
 
     Args:
-        cell: its name.
-        toggles: short name -> value.
-        params: parameters.
-        gflops: FLOPs in 10^9 of the paper's convention.
-        paper: the paper's row of the same network.
+        subject: the cell, with the paper's figures of the same network.
+        counts: what it costs.
         group: heading under which the row stands, "" for none.
         answers: what the row answers, "" where nothing is said.
     """
 
-    cell: str
-    toggles: dict[str, Any]
-    params: int
-    gflops: float
-    paper: PaperRow | None
+    subject: Subject
+    counts: Counts
     group: str
     answers: str
 
     @property
     def rounds_alike(self) -> bool | None:
         """Whether both numbers round to those that the paper prints; None where it prints none."""
-        if self.paper is None:
+        printed, counts = self.subject.printed, self.counts
+        if printed is None:
             return None
-        ours = f"{self.params / 1e6:.1f}", f"{self.gflops:.2f}"
-        return ours == (f"{self.paper.params_m:.1f}", f"{self.paper.gflops:.2f}")
+        return printed.params_alike(counts.params) and printed.flops_alike(counts.flops_fvcore)
 
 
 def shipped_grids() -> list[Path]:
@@ -59,80 +45,54 @@ def shipped_grids() -> list[Path]:
     return sorted(path for path in EXPERIMENTS.glob("*.yaml") if path.stem != "train")
 
 
-def count_grid(file: Path) -> tuple[list[str], list[CountedRow]]:
-    """Count a grid's networks, each as its cell resolves.
+def count_grid(file: Path) -> list[CountedRow]:
+    """Count a grid's networks; the rows of one group stand together.
 
     Args:
         file: YAML of the grid.
 
-    Returns:
-        Short names of the toggles in column order, and the rows, those of one group together.
-
     Raises:
+        OSError: the file cannot be read.
         ValueError: the YAML or a cell of it is not right.
     """
-    found: list[tuple[Grid, list[Run]]] = []
-
-    def take(cli: ExperimentCLI) -> int:
-        grid: Grid = replace(cli.grid, seeds=[0])  # type: ignore[type-var,assignment]
-        found.append((grid, resolve_all(cli, grid)))
-        return 0
-
-    ExperimentCLI(args=["fit", "--config", str(file)], run_grid=take)
-    ((grid, runs),) = found
+    grid, subjects = grid_rows(file)
     groups = {cell: title for title, cells in grid.groups.items() for cell in cells}
     titles = ["", *grid.groups]
     rows = []
-    for run in sorted(runs, key=lambda run: titles.index(groups.get(run.cell.name, ""))):
-        network = run.config["model"]["init_args"]["network"]
-        counted = count(_build(network))
-        group = groups.get(run.cell.name, "")
-        rows.append(
-            CountedRow(
-                run.cell.name,
-                run.cell.toggles,
-                counted.params,
-                counted.flops_fvcore / 1e9,
-                paper_row(network),
-                group,
-                grid.groups.get(group, {}).get(run.cell.name, ""),
-            )
-        )
-    return list(toggle_names([key for run in runs for key in run.cell.overrides]).values()), rows
-
-
-def _build(network: dict[str, Any]) -> torch.nn.Module:
-    module, _, name = network["class_path"].rpartition(".")
-    with torch.device("meta"):
-        return getattr(importlib.import_module(module), name)(3, 1000, **network.get("init_args", {}))
+    for subject in sorted(subjects, key=lambda subject: titles.index(groups.get(subject.name, ""))):
+        group = groups.get(subject.name, "")
+        answers = grid.groups.get(group, {}).get(subject.name, "")
+        rows.append(CountedRow(subject, profile_model(subject.factory).counts, group, answers))
+    return rows
 
 
 def write_counts(file: Path, folder: Path) -> list[Path]:
     """Count a grid and write ``<folder>/<grid>.csv`` and ``.md``; returns the two paths."""
-    toggles, rows = count_grid(file)
+    rows = count_grid(file)
     paths = [folder / f"{file.stem}.csv", folder / f"{file.stem}.md"]
-    write_atomic(paths[0], render_csv(toggles, rows))
-    write_atomic(paths[1], render_markdown(file.stem, toggles, rows))
+    write_atomic(paths[0], render_csv(rows))
+    write_atomic(paths[1], render_markdown(file.stem, rows))
     return paths
 
 
-def render_csv(toggles: Sequence[str], rows: Sequence[CountedRow]) -> str:
+def render_csv(rows: Sequence[CountedRow]) -> str:
     """A row a cell: parameters to the unit, FLOPs to 10^6, the paper's figures in columns of their own."""
+    toggles = _toggles(rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     paper = ["paper_params_m", "paper_gflops", "rounds_alike", "paper_tables"]
     writer.writerow(["cell", *toggles, "params", "gflops_fvcore", *paper, "group", "answers"])
     for row in rows:
-        printed = [""] * len(paper)
-        if row.paper is not None:
-            tables, alike = "; ".join(row.paper.tables), format_value(row.rounds_alike)
-            printed = [f"{row.paper.params_m:.1f}", f"{row.paper.gflops:.2f}", alike, tables]
-        counted = [str(row.params), f"{row.gflops:.3f}"]
-        writer.writerow([row.cell, *_values(toggles, row, ""), *counted, *printed, row.group, row.answers])
+        subject, printed = row.subject, row.subject.printed
+        figures = [""] * len(paper)
+        if printed is not None:
+            figures = [printed.params_m, printed.gflops, format_value(row.rounds_alike), "; ".join(printed.tables)]
+        counted = [str(row.counts.params), _giga(row)]
+        writer.writerow([subject.name, *_values(toggles, row, ""), *counted, *figures, row.group, row.answers])
     return out.getvalue()
 
 
-def render_markdown(name: str, toggles: Sequence[str], rows: Sequence[CountedRow]) -> str:
+def render_markdown(name: str, rows: Sequence[CountedRow]) -> str:
     """The page: what is counted and how, a table for each group of rows, what the rows answer."""
     parts = [
         f"# {name} · counted",
@@ -144,27 +104,36 @@ def render_markdown(name: str, toggles: Sequence[str], rows: Sequence[CountedRow
     for group in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == group]
         parts += [f"## {group}"] if group else []
-        parts.append(_table(toggles, members))
-        answers = [f"- `{row.cell}`: {row.answers}" for row in members if row.answers]
+        parts.append(_table(_toggles(rows), members))
+        answers = [f"- `{row.subject.name}`: {row.answers}" for row in members if row.answers]
         parts += ["\n".join(answers)] if answers else []
     parts.append("Counted again by `python cli.py tables --all`.")
     return "\n\n".join(parts) + "\n"
 
 
 def _table(toggles: Sequence[str], rows: Sequence[CountedRow]) -> str:
-    paper = any(row.paper for row in rows)
+    paper = any(row.subject.printed for row in rows)
     titles = ["cell", *toggles, "params", "GFLOPs"]
     titles += ["*paper: params, M*", "*paper: GFLOPs*", "alike"] if paper else []
     lines = []
     for row in rows:
-        line = [row.cell, *_values(toggles, row, _NONE), f"{row.params:,}", f"{row.gflops:.3f}"]
+        printed = row.subject.printed
+        line = [row.subject.name, *_values(toggles, row, _NONE), f"{row.counts.params:,}", _giga(row)]
         if paper:
             alike = "yes" if row.rounds_alike else "no"
-            printed = [f"*{row.paper.params_m:.1f}*", f"*{row.paper.gflops:.2f}*", alike] if row.paper else [_NONE] * 3
-            line += printed
+            line += [f"*{printed.params_m}*", f"*{printed.gflops}*", alike] if printed else [_NONE] * 3
         lines.append(line)
     return pipe_table(titles, lines, words=1 + len(toggles))
 
 
+def _toggles(rows: Sequence[CountedRow]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.subject.toggles))
+
+
 def _values(toggles: Sequence[str], row: CountedRow, none: str) -> list[str]:
-    return [format_value(row.toggles[name]) if name in row.toggles else none for name in toggles]
+    values = row.subject.toggles
+    return [format_value(values[name]) if name in values else none for name in toggles]
+
+
+def _giga(row: CountedRow) -> str:
+    return f"{row.counts.flops_fvcore / 1e9:.3f}"

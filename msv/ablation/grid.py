@@ -132,7 +132,7 @@ def resolve_runs(
                     f"cells {twin!r} and {cell.name!r} of grid {grid.name!r} are the same configuration, so one would "
                     "stand in the table twice; drop one, or let them differ in something that is trained"
                 )
-            full = replace(cell, toggles=_toggles(cell, config, short))
+            full = replace(cell, toggles=cell_toggles(cell, config, short))
             folder = run_folder(grid_folder(grid, recipe), cell.name, seed, digest)
             runs.append(Run(grid.name, recipe, full, seed, config, digest, folder))
     return runs
@@ -354,8 +354,14 @@ def _add_cell(
     cells[name] = Cell(name, dict(overrides), {short[key]: value for key, value in overrides.items()})
 
 
-def _toggles(cell: Cell, config: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
-    """Every toggle of the grid with its value in this cell; absent where the cell's config has no such key."""
+def cell_toggles(cell: Cell, config: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+    """Every toggle of a grid with its value in a cell; absent where the cell's config has no such key.
+
+    Args:
+        cell: out of `expand`.
+        config: the cell's, resolved.
+        short: dotted key -> name of the toggle.
+    """
     toggles = {}
     for key, name in short.items():
         try:

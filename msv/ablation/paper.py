@@ -53,12 +53,19 @@ class Printed:
     Args:
         params_m: parameters in millions, as text.
         gflops: FLOPs in 10^9, as text.
-        source: where it stands: the tables, and the row as they call it.
+        tables: the tables in which it stands.
+        row: what they call the row; nothing where a table has the models as columns.
     """
 
     params_m: str
     gflops: str
-    source: str
+    tables: tuple[str, ...]
+    row: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where it stands: the tables, and the row as they call it."""
+        return ": ".join(filter(None, [", ".join(self.tables), self.row]))
 
     def params_alike(self, params: int) -> bool:
         """Whether a count of parameters rounds to what is printed."""
@@ -101,13 +108,6 @@ TABLE_6: dict[str, float] = {
     "msvmamba_tiny": 421.80,
 }
 
-# Table 7: parameters in millions and FLOPs in 10^9, as printed.
-TABLE_7_SIZES: dict[str, tuple[float, float]] = {
-    "msvmamba_nano": (6.9, 0.9),
-    "msvmamba_micro": (11.9, 1.5),
-    "msvmamba_tiny": (33.0, 4.6),
-}
-
 # Table 7, row by row as printed: layer, output size, Nano, Micro, Tiny.
 TABLE_7: tuple[tuple[str, ...], ...] = (
     ("stem", "56×56", *(f"conv 4×4, {dim}, stride 4" for dim in (48, 64, 96))),
@@ -119,6 +119,8 @@ TABLE_7: tuple[tuple[str, ...], ...] = (
     ("params, M", "", "6.9", "11.9", "33.0"),
     ("GFLOPs", "", "0.9", "1.5", "4.6"),
 )
+# The place of a preset's column in its rows.
+TABLE_7_COLUMNS: dict[str, int] = {"msvmamba_nano": 2, "msvmamba_micro": 3, "msvmamba_tiny": 4}
 
 _DIMS = (48, 96, 192, 384)
 # (full_scans, d_state, se, conv_ffn, depths) -> row. The printed tables name the toggles; the depths are those at which
@@ -188,13 +190,13 @@ def printed(network: Mapping[str, Any] | None, preset: str | None = None) -> Pri
     """
     row = paper_row(network)
     if row is not None:
-        return Printed(f"{row.params_m:.1f}", f"{row.gflops:.2f}", f"{', '.join(row.tables)}: {row.name}")
-    if preset in TABLE_7_SIZES:
-        params_m, gflops = TABLE_7_SIZES[preset]
-        return Printed(f"{params_m:.1f}", f"{gflops:.1f}", "Table 7")
+        return Printed(f"{row.params_m:.1f}", f"{row.gflops:.2f}", row.tables, row.name)
+    if preset in TABLE_7_COLUMNS:
+        figures = {line[0]: line[TABLE_7_COLUMNS[preset]] for line in TABLE_7}
+        return Printed(figures["params, M"], figures["GFLOPs"], ("Table 7",))
     for compared in TABLE_1:
         if preset is not None and compared.preset == preset:
-            return Printed(f"{compared.params_m:.0f}", f"{compared.gflops:.1f}", f"Table 1: {compared.name}")
+            return Printed(f"{compared.params_m:.0f}", f"{compared.gflops:.1f}", ("Table 1",), compared.name)
     return None
 
 

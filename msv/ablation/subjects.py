@@ -5,7 +5,7 @@ The rows of Tables 4 and 5 are the cells of the grids that train them; no second
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from msv.ablation.config import apply_overrides, get_path, nearest
-from msv.ablation.grid import expand
+from msv.ablation.grid import cell_toggles, expand
+from msv.ablation.names import toggle_names
 from msv.ablation.paper import Printed, printed
 from msv.files import EXPERIMENTS
 from msv.grid_section import Grid
@@ -41,12 +42,14 @@ class Subject:
         name: of the preset, the cell or timm's model.
         factory: makes the network from the channels of an image and the number of classes.
         printed: the paper's figures of the same network, for images of 3×224×224 and 1000 classes.
+        toggles: of a cell, what its grid varies in the network: short name -> value.
     """
 
     group: str
     name: str
     factory: Factory
     printed: Printed | None
+    toggles: dict[str, Any] = field(default_factory=dict)
 
 
 def subjects(names: Sequence[str] = ()) -> list[Subject]:
@@ -72,11 +75,14 @@ def preset(name: str) -> Subject:
     return Subject("presets", name, TimmModel(name), printed(network, name))
 
 
-def rows(path: Path) -> list[Subject]:
-    """The cells of a grid, each with its own network; what else a cell sets costs nothing at a given image.
+def grid_rows(path: Path) -> tuple[Grid, list[Subject]]:
+    """A grid and its cells, each with its own network; what else a cell sets costs nothing at a given image.
 
     Args:
         path: the grid's YAML, which has the network at `model.init_args.network`.
+
+    Returns:
+        The `grid` section, and the cells in its order.
 
     Raises:
         OSError: the file cannot be read.
@@ -96,32 +102,44 @@ def rows(path: Path) -> list[Subject]:
     with readable_errors():
         parsed = parser.parse_object(sections)
     grid = Grid(**parsed.grid)
-    base: Any = {"network": parsed.network.as_dict()}
-    for key in reversed(_NETWORK.split(".")[:-1]):
-        base = {key: base}
+    base = _config(parsed.network.as_dict())
+    cells = expand(grid)
+    names = toggle_names([key for cell in cells for key in cell.overrides])
+    names = {key: name for key, name in names.items() if _in_network(key)}
     found = []
-    for cell in expand(grid):
-        overrides = {key: value for key, value in cell.overrides.items() if f"{key}.".startswith(f"{_NETWORK}.")}
+    for cell in cells:
+        overrides = {key: value for key, value in cell.overrides.items() if _in_network(key)}
         try:
             network = get_path(apply_overrides(base, overrides), _NETWORK)
             with readable_errors():
                 parsed = parser.parse_object({**sections, "network": network})
         except (TypeError, ValueError) as error:
             raise ValueError(f"cell {cell.name!r} of grid {grid.name!r}: {error}") from error
+        network = parsed.network.as_dict()
         factory = parser.instantiate_classes(parsed).network
-        found.append(Subject(grid.name, cell.name, factory, printed(parsed.network.as_dict())))
-    return found
+        toggles = cell_toggles(cell, _config(network), names)
+        found.append(Subject(grid.name, cell.name, factory, printed(network), toggles))
+    return grid, found
+
+
+def _in_network(key: str) -> bool:
+    return f"{key}.".startswith(f"{_NETWORK}.")
+
+
+def _config(network: dict[str, Any]) -> dict[str, Any]:
+    """As much of an experiment's config as has the network."""
+    return {"model": {"init_args": {"network": network}}}
 
 
 def _shipped(grid: str) -> list[Subject]:
-    return rows(EXPERIMENTS / f"{grid}.yaml")
+    return grid_rows(EXPERIMENTS / f"{grid}.yaml")[1]
 
 
 def _find(name: str) -> list[Subject]:
     if name in PRESETS:
         return [preset(name)]
     if Path(name).suffix in (".yaml", ".yml"):
-        return rows(Path(name))
+        return grid_rows(Path(name))[1]
     grid = name.partition("/")[0]
     if grid in GRIDS:
         cells = _shipped(grid)

@@ -3,20 +3,16 @@
 Nothing here knows of the clock or of a run's memory: the same records give the same bytes.
 """
 
-import argparse
 import csv
 import io
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from msv.ablation.config import nearest
-from msv.ablation.grid import GRID_FILE, read_grid_file, run_folder
+from msv.ablation.grid import read_grid_file, run_folder
 from msv.ablation.markdown import render_markdown
 from msv.ablation.names import format_value
 from msv.ablation.paper import paper_row
@@ -207,92 +203,3 @@ def _status(runs: Mapping[int, Mapping[str, Any] | None]) -> str:
     if len(states) <= 1:
         return next(iter(states), "missing")
     return ", ".join(f"{states[state]} {state}" for state in _STATES if states[state])
-
-
-def add_grid_option(parser: argparse._ActionsContainer) -> None:
-    """Add ``--grid`` to a command that works on grids with results."""
-    parser.add_argument(
-        "--grid",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="grids, as NAME or NAME/RECIPE (default: all there are)",
-    )
-
-
-def main(argv: Sequence[str]) -> int:
-    """``tables``: make the tables of grids again from their records, without training.
-
-    Args:
-        argv: the arguments after the word ``tables``.
-
-    Returns:
-        0: the tables are written.
-
-    Raises:
-        FileNotFoundError: no grid has results.
-        ValueError: an unknown grid; or a grid file or record is damaged, once all other tables are written.
-    """
-    parser = argparse.ArgumentParser(
-        prog="cli.py tables",
-        description="Make the tables and plots of grids again from their records, without training.",
-    )
-    chosen = parser.add_mutually_exclusive_group()
-    add_grid_option(chosen)
-    chosen.add_argument(
-        "--all",
-        action="store_true",
-        help="everything that is published: the tables of kept records, counts of every grid, the paper's comparison, "
-        "and README.md as their index",
-    )
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-
-    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
-    if arguments.all:
-        from msv.ablation.index import write_all  # counts build networks, which no other table needs
-
-        for written in write_all(arguments.results):
-            console.print(f"wrote {written}")
-        return 0
-    problems = []
-    for folder in grid_folders(arguments.results, arguments.grid):
-        try:
-            paths = make_table(folder)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        console.print(paths.markdown.read_text(encoding="utf-8"))
-        for path in (paths.csv, paths.markdown, paths.plot):
-            if path is not None:
-                console.print(f"wrote {path}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return 0
-
-
-def grid_folders(results: Path, names: Sequence[str] | None) -> list[Path]:
-    """Folders of the grids in a results folder: all, or those named as NAME or NAME/RECIPE.
-
-    Raises:
-        FileNotFoundError: there are none at all.
-        ValueError: a name that no grid has.
-    """
-    if results.exists() and not results.is_dir():
-        raise NotADirectoryError(f"results folder {results} is a file, expected a folder; choose another --results")
-    found = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in results.glob(f"*/*/{GRID_FILE}")}
-    if not found:
-        raise FileNotFoundError(
-            f"no grid has results in {results} (no */*/{GRID_FILE}); run one first, such as "
-            "`python cli.py fit --config experiments/ablate_scans.yaml`, or name their folder with --results"
-        )
-    if not names:
-        return [found[key] for key in sorted(found)]
-    chosen: list[Path] = []
-    for name in names:
-        folders = [found[key] for key in sorted(found) if name in (key, key.partition("/")[0])]
-        if not folders:
-            known = sorted({key.partition("/")[0] for key in found} | set(found))
-            raise ValueError(f"--grid {name!r}: no such grid in {results}; {nearest(name, known)}")
-        chosen.extend(folder for folder in folders if folder not in chosen)
-    return chosen

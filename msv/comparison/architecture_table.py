@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msv.ablation.markdown import pipe_table
-from msv.ablation.paper import TABLE_7
+from msv.ablation.paper import TABLE_7, TABLE_7_COLUMNS
 from msv.models import MS2D, PRESETS, MSVMamba
 from msv.models.layers import PatchMerging
 
@@ -16,10 +16,6 @@ from .pages import COMMAND, as_csv, page
 from .systems import MODELS, counts, create
 
 IMAGE_SIZE = 224
-PRINTED = {"msvmamba_nano": 2, "msvmamba_micro": 3, "msvmamba_tiny": 4}
-"""The models of the paper's table, and the place of their column in its rows."""
-
-
 OURS = tuple(name for name in PRESETS if name in MODELS)
 """The presets that the comparison has, MSVMamba's first."""
 
@@ -119,7 +115,7 @@ def render_csv(layers: Sequence[Layer]) -> str:
                 **layer.models,
                 **{
                     f"paper_{model}": printed[layer.name][place] if layer.name in printed else ""
-                    for model, place in PRINTED.items()
+                    for model, place in TABLE_7_COLUMNS.items()
                 },
             }
             for layer in layers
@@ -130,8 +126,8 @@ def render_csv(layers: Sequence[Layer]) -> str:
 def render_markdown(layers: Sequence[Layer], where: Mapping[str, str]) -> str:
     """The page: the paper's three models as they are here, as the paper printed them, and VMamba's the same way."""
     models = list(layers[0].models)
-    own = [model for model in models if model in PRINTED]
-    rest = [model for model in models if model not in PRINTED]
+    own = [model for model in models if model in TABLE_7_COLUMNS]
+    rest = [model for model in models if model not in TABLE_7_COLUMNS]
     head = [
         (
             "here",
@@ -155,7 +151,7 @@ def render_markdown(layers: Sequence[Layer], where: Mapping[str, str]) -> str:
             title = "As they are here" if names is own else "VMamba, the baseline, as it is here"
             parts.append(f"## {title}\n\n{pipe_table(titles, lines, len(titles))}")
         if names is own and own:
-            titles = ["*layer*", "*output*", *(f"*{MODELS[name].name}*" for name in PRINTED)]
+            titles = ["*layer*", "*output*", *(f"*{MODELS[name].name}*" for name in TABLE_7_COLUMNS)]
             lines = [[f"*{cell}*" if cell else "" for cell in row] for row in TABLE_7]
             parts.append(f"## As the paper prints them\n\n{pipe_table(titles, lines, len(titles))}")
     return page("Table 7: architectures", head, *parts, f"Made by `{COMMAND}`.")

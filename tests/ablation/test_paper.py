@@ -116,10 +116,10 @@ def test_tables_1_and_6_name_presets_once():
 @pytest.mark.parametrize(
     ("preset", "expected"),
     [
-        ("msvmamba_nano", Printed("6.9", "0.88", "Table 4: + N=1")),
-        ("msvmamba_tiny", Printed("33.0", "4.6", "Table 7")),
-        ("vmamba_nano", Printed("4.4", "0.87", "Table 4: VMamba-Nano")),
-        ("vmamba_small", Printed("44", "11.2", "Table 1: VMamba-B")),
+        ("msvmamba_nano", Printed("6.9", "0.88", ("Table 4",), "+ N=1")),
+        ("msvmamba_tiny", Printed("33.0", "4.6", ("Table 7",))),
+        ("vmamba_nano", Printed("4.4", "0.87", ("Table 4",), "VMamba-Nano")),
+        ("vmamba_small", Printed("44", "11.2", ("Table 1",), "VMamba-B")),
         ("vmamba_base", None),
     ],
 )
@@ -128,8 +128,11 @@ def test_sizes_are_printed_where_they_have_the_most_digits(preset, expected):
 
 
 def test_sizes_keep_the_digits_of_print():
-    assert printed(network(**TABLE_5, full_scans=2)) == Printed("5.0", "1.00", "Table 5: 2/2")
-    assert printed(network(**TABLE_5, full_scans=1)) == Printed("4.8", "0.89", "Table 4, Table 5: + MS2D (1/3)")
+    both = Printed("4.8", "0.89", ("Table 4", "Table 5"), "+ MS2D (1/3)")
+    assert printed(network(**TABLE_5, full_scans=2)) == Printed("5.0", "1.00", ("Table 5",), "2/2")
+    assert printed(network(**TABLE_5, full_scans=1)) == both
+    assert both.source == "Table 4, Table 5: + MS2D (1/3)"
+    assert Printed("33.0", "4.6", ("Table 7",)).source == "Table 7"
     assert printed(network(**TABLE_5, full_scans=2, carry_state=False)) is None
     assert printed(None) is None
 
@@ -143,5 +146,5 @@ def test_sizes_keep_the_digits_of_print():
     ],
 )
 def test_rounding_to_what_is_printed(params, flops, alike):
-    row = Printed("5.0", "1.00", "Table 5: 2/2")
+    row = Printed("5.0", "1.00", ("Table 5",), "2/2")
     assert (row.params_alike(params), row.flops_alike(flops)) == alike

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from msv.ablation.paper import PAPER_ROWS
-from msv.ablation.subjects import GRIDS, rows, subjects
+from msv.ablation.subjects import GRIDS, grid_rows, subjects
 from msv.files import EXPERIMENTS
 from msv.models import PRESETS
 
@@ -40,7 +40,8 @@ def test_rows_are_the_cells_with_defaults_and_overrides(tmp_path):
             },
         },
     )
-    found = rows(path)
+    grid, found = grid_rows(path)
+    assert grid.cells.keys() == {"reset", "timm"}
     assert [(s.group, s.name) for s in found] == [
         ("mine", n) for n in ("full_scans=1", "full_scans=4", "reset", "timm")
     ]
@@ -50,6 +51,10 @@ def test_rows_are_the_cells_with_defaults_and_overrides(tmp_path):
     assert not reset.stages[0].blocks[0].mixer.s6_half.carry_state
     assert type(four.stages[0].blocks[0].mixer).__name__ == "SS2D"
     assert type(resnet).__name__ == "ResNet"
+    # Of the network alone, resolved; what another network has no such argument for is left out.
+    assert found[1].toggles == {"full_scans": 4, "carry_state": True, "network": "MSVMamba"}
+    assert found[2].toggles == {"full_scans": 1, "carry_state": False, "network": "MSVMamba"}
+    assert found[3].toggles.keys() == {"network"}
 
 
 def test_by_name_in_order_and_once():
@@ -62,7 +67,7 @@ def test_by_name_in_order_and_once():
 
 
 def test_control_rows_have_no_printed_numbers():
-    printed = {s.name: s.printed for s in rows(EXPERIMENTS / "compare_baseline.yaml")}
+    printed = {s.name: s.printed for s in grid_rows(EXPERIMENTS / "compare_baseline.yaml")[1]}
     assert printed["ms2d_equal_depth"] is None
     assert printed["ms2d_paper_depth"].params_m == "4.8"
 
@@ -89,7 +94,7 @@ def test_a_missing_yaml():
 def test_a_yaml_that_is_no_grid(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"bad.yaml is no YAML with model.init_args.network and grid; expected"):
-        rows(tmp_path / "bad.yaml")
+        grid_rows(tmp_path / "bad.yaml")
 
 
 @pytest.mark.parametrize(
@@ -104,4 +109,4 @@ def test_a_yaml_that_is_no_grid(tmp_path, text):
 )
 def test_a_grid_with_something_wrong(tmp_path, grid, message):
     with pytest.raises(ValueError, match=message):
-        rows(write(tmp_path / "mine.yaml", **grid))
+        grid_rows(write(tmp_path / "mine.yaml", **grid))

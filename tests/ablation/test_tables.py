@@ -2,13 +2,12 @@ import csv
 import io
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from msv.ablation.grid import resolve_runs, write_grid_file
 from msv.ablation.records import write_record
-from msv.ablation.tables import load_table, main, make_table
+from msv.ablation.tables import load_table, make_table
 from msv.grid_section import Grid
 
 SCANS = "model.init_args.network.init_args.full_scans"
@@ -345,57 +344,3 @@ def test_a_toggle_called_as_a_column(tmp_path):
     make_table(tmp_path / "g" / "digits")
     row = read_csv(tmp_path / "g" / "digits")[1]
     assert (row["toggle_n"], row["n"]) == ("2", "0")
-
-
-def test_command_makes_all_tables(tmp_path, capsys):
-    for name in ("scans", "parts"):
-        fabricate(tmp_path, {1: [0.7]}, name=name)
-    assert main(["--results", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    for name in ("scans", "parts"):
-        assert f"# {name} · digits" in out
-        assert f"wrote {tmp_path / name / 'digits' / 'table.csv'}" in out
-        assert (tmp_path / name / "digits" / "accuracy_vs_flops.png").is_file()
-
-
-@pytest.mark.parametrize("chosen", ["scans", "scans/digits"])
-def test_command_makes_the_chosen_table(tmp_path, capsys, chosen):
-    for name in ("scans", "parts"):
-        fabricate(tmp_path, {1: [0.7]}, name=name)
-    assert main(["--grid", chosen, chosen, "--results", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("# scans") == 1
-    assert not (tmp_path / "parts" / "digits" / "table.csv").exists()
-
-
-def test_command_with_an_unknown_grid(tmp_path):
-    fabricate(tmp_path, {1: [0.7]}, name="ablate_scans")
-    with pytest.raises(ValueError, match=r"--grid 'ablate_scan': no such grid in .*; did you mean ablate_scans"):
-        main(["--grid", "ablate_scan", "--results", str(tmp_path)])
-
-
-def test_command_without_results(tmp_path):
-    for results in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match=r"no grid has results in .*python cli\.py fit --config"):
-            main(["--results", str(results)])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        main(["--results", str(tmp_path / "file")])
-
-
-def test_command_makes_the_other_tables_before_it_tells_of_a_damaged_record(tmp_path):
-    damaged = fabricate(tmp_path, {1: [0.7]}, name="a")
-    next(damaged.glob("*/*/record.json")).write_text("{")
-    whole = fabricate(tmp_path, {1: [0.7]}, name="b")
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        main(["--results", str(tmp_path)])
-    assert (whole / "table.csv").is_file()
-
-
-def test_published_tables_are_not_taken_for_runs(tmp_path):
-    folder = fabricate(tmp_path, {1: [0.7]})
-    published = tmp_path / "measured" / "digits" / "g"
-    shutil.copytree(folder, published)
-    main(["--results", str(tmp_path)])
-    assert not (published / "table.csv").exists()
-    main(["--results", str(tmp_path / "measured")])
-    assert (Path(published) / "table.csv").read_bytes() == (folder / "table.csv").read_bytes()

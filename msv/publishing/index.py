@@ -1,15 +1,14 @@
-"""All that is published, made again from what is kept: tables, counts, and `results/README.md` as their index."""
+"""The index of what is published, `results/README.md`, made from what lies beside it."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msv.ablation.counted import shipped_grids, write_counts
 from msv.ablation.grid import GRID_FILE
 from msv.ablation.markdown import describe_data, machine, pipe_table
 from msv.ablation.rows import Table
-from msv.ablation.tables import load_table, make_table
+from msv.ablation.tables import load_table
 from msv.files import write_atomic
 
 MEASURED, COUNTED, COMPARED, TIMED = "measured", "counted", "comparison", "benchmarks"
@@ -26,45 +25,6 @@ The grids are those of `experiments/`: `ablate_components` is Table 4, `ablate_s
 `controls_scans` are the same rows with control rows, at equal depth; `compare_baseline` is VMamba-Nano against MS2D."""
 
 
-def write_all(results: Path) -> list[Path]:
-    """Make every table that the published records and the counts allow, and the index.
-
-    Args:
-        results: folder that holds ``measured/``, and gets the rest.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ValueError: a published record is damaged; all other tables are written.
-        OSError: a file cannot be written.
-    """
-    written: list[Path] = []
-    problems = []
-    for folder in _kept_folders(results):
-        try:
-            made = make_table(folder)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-        else:
-            written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
-    for file in shipped_grids():
-        written += write_counts(file, results / COUNTED)
-    written += _compare(results / COMPARED)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return [*written, write_index(results)]
-
-
-def _compare(folder: Path) -> list[Path]:
-    """Tables 1, 6 and 7 and Fig. 1 of the paper."""
-    try:
-        from msv.comparison import write_all as write
-    except ModuleNotFoundError:
-        return []
-    return write(folder)
-
-
 def write_index(results: Path) -> Path:
     """Write ``README.md``, the index of what is published in a results folder; returns its path.
 
@@ -72,14 +32,15 @@ def write_index(results: Path) -> Path:
         ValueError: a published record is damaged.
         OSError: the file cannot be written.
     """
-    tables = {folder: load_table(folder) for folder in _kept_folders(results)}
+    tables = {folder: load_table(folder) for folder in kept_folders(results)}
     sections = [_INTRODUCTION, _measured(results, tables), _timed(results), _compared(results), _counted(results)]
     path = results / "README.md"
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 
-def _kept_folders(results: Path) -> list[Path]:
+def kept_folders(results: Path) -> list[Path]:
+    """Folders of the grids that are published in a results folder."""
     return sorted(path.parent for path in (results / MEASURED).glob(f"*/*/{GRID_FILE}"))
 
 

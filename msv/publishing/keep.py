@@ -20,11 +20,12 @@ from rich.console import Console
 from msv.ablation.cell import CONFIG_NAME
 from msv.ablation.config import config_hash
 from msv.ablation.grid import GRID_FILE, read_grid_file, run_folder, with_seed
-from msv.ablation.index import MEASURED, write_index
 from msv.ablation.records import RECORD_NAME, read_record
-from msv.ablation.tables import add_grid_option, current_record, grid_folders, make_table
+from msv.ablation.tables import current_record, make_table
 from msv.files import write_atomic
 from msv.provenance import in_history
+from msv.publishing.chosen import add_grid_option, grid_folders
+from msv.publishing.index import MEASURED, write_index
 
 EPOCHS_NAME = "epochs.csv"
 

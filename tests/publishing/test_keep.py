@@ -5,12 +5,12 @@ import shutil
 import pytest
 import yaml
 
-from msv.ablation import keep
 from msv.ablation.grid import read_grid_file, resolve_runs, write_grid_file
-from msv.ablation.keep import keep_grid, main
 from msv.ablation.records import write_record
 from msv.ablation.tables import make_table
 from msv.grid_section import Grid
+from msv.publishing import keep
+from msv.publishing.keep import keep_grid, main
 
 LR = "model.init_args.lr"
 COMMIT = "0123456789ab"

@@ -1,0 +1,1 @@
+"""What is made of results: tables again from records, what is published of them, and its index."""

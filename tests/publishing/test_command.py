@@ -1,0 +1,105 @@
+import shutil
+
+import pytest
+
+from msv.ablation.counted import shipped_grids
+from msv.publishing import write
+from msv.publishing.command import main
+from msv.publishing.write import write_all
+
+
+def test_all_tables(tmp_path, make_grid, capsys):
+    folders = [make_grid(tmp_path, name) for name in ("scans", "parts")]
+    assert main(["--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for folder in folders:
+        assert f"# {folder.parent.name} · quick" in out
+        assert f"wrote {folder / 'table.csv'}" in out
+        assert (folder / "accuracy_vs_flops.png").is_file()
+
+
+@pytest.mark.parametrize("chosen", ["scans", "scans/quick"])
+def test_the_chosen_table(tmp_path, make_grid, capsys, chosen):
+    make_grid(tmp_path, "scans")
+    other = make_grid(tmp_path, "parts")
+    assert main(["--grid", chosen, chosen, "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("# scans") == 1
+    assert not (other / "table.csv").exists()
+
+
+def test_an_unknown_grid(tmp_path, make_grid):
+    make_grid(tmp_path, "ablate_scans")
+    with pytest.raises(ValueError, match=r"--grid 'ablate_scan': no such grid in .*; did you mean ablate_scans"):
+        main(["--grid", "ablate_scan", "--results", str(tmp_path)])
+
+
+def test_no_results(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"no grid has results in .*python cli\.py fit --config"):
+            main(["--results", str(folder)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        main(["--results", str(tmp_path / "file")])
+
+
+def test_the_other_tables_are_made_before_a_damaged_record_is_told_of(tmp_path, make_grid):
+    next(make_grid(tmp_path, "a").glob("*/*/record.json")).write_text("{")
+    whole = make_grid(tmp_path, "b")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        main(["--results", str(tmp_path)])
+    assert (whole / "table.csv").is_file()
+
+
+def test_published_tables_are_not_taken_for_runs(tmp_path, make_grid):
+    folder = make_grid(tmp_path)
+    published = tmp_path / "measured" / "quick" / "g"
+    shutil.copytree(folder, published)
+    main(["--results", str(tmp_path)])
+    assert not (published / "table.csv").exists()
+    main(["--results", str(tmp_path / "measured")])
+    assert (published / "table.csv").read_bytes() == (folder / "table.csv").read_bytes()
+
+
+# --all.
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One small grid stands for those that are shipped, and a page for the comparison."""
+
+    def compare(out):
+        out.mkdir(parents=True)
+        (out / "table_1.md").write_text("x")
+        return [out / "table_1.md"]
+
+    shipped = [path for path in shipped_grids() if path.stem == "compare_baseline"]
+    monkeypatch.setattr(write, "shipped_grids", lambda: shipped)
+    monkeypatch.setattr("msv.comparison.write_all", compare)
+
+
+def test_everything_at_once(results, quick, capsys):
+    (results / "measured/quick/g/table.md").unlink()
+    assert main(["--all", "--results", str(results)]) == 0
+    wrote = capsys.readouterr().out.replace("wrote ", "").split()
+    assert [name.removeprefix(f"{results}/") for name in wrote] == [
+        "measured/quick/g/table.csv", "measured/quick/g/table.md", "measured/quick/g/accuracy_vs_flops.png",
+        "counted/compare_baseline.csv", "counted/compare_baseline.md", "comparison/table_1.md", "README.md",
+    ]  # fmt: skip
+    text = (results / "README.md").read_text()
+    assert "- [compare_baseline](counted/compare_baseline.md)" in text
+    assert "- [table_1](comparison/table_1.md)" in text
+    # The runs themselves, which are not published, are left alone.
+    assert not (results / "g/quick/table.md").exists()
+
+
+def test_a_damaged_record_does_not_keep_the_others_from_their_tables(results, quick):
+    next((results / "measured/quick/g").glob("*/*/record.json")).write_text("{")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        write_all(results)
+    assert (results / "counted/compare_baseline.csv").is_file()
+
+
+def test_all_and_grid_exclude_each_other(results, capsys):
+    with pytest.raises(SystemExit):
+        main(["--all", "--grid", "g"])
+    assert "not allowed with" in capsys.readouterr().err
