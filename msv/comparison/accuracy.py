@@ -123,10 +123,10 @@ def load(weights: Weights) -> nn.Module:
     if weights.model in PRESETS:
         network = create(weights.model)
         classifier: nn.Module = network.get_classifier()  # type: ignore[operator]
-        # Loading leaves out a classifier of another size and says so; here nothing could be measured without it.
+        # A classifier of another size would be left out; nothing can be measured without it, so that is told apart here.
         for parameter in classifier.parameters():
             nn.init.constant_(parameter, float("nan"))
-        load_pretrained(network, str(weights.path))
+        load_pretrained(network, str(weights.path), drop_head=True)
         if any(parameter.isnan().all() for parameter in classifier.parameters()):
             raise ValueError(f"{weights.path} has no classifier of 1000 classes; give weights trained on ImageNet-1K")
         return network.eval()
