@@ -123,7 +123,7 @@ def load(weights: Weights) -> nn.Module:
     if weights.model in PRESETS:
         network = create(weights.model)
         classifier: nn.Module = network.get_classifier()  # type: ignore[operator]
-        # A classifier of another size would be left out; nothing can be measured without it, so that is told apart here.
+        # A classifier of another size is left out, and nothing could be measured without it: told apart by its NaN.
         for parameter in classifier.parameters():
             nn.init.constant_(parameter, float("nan"))
         load_pretrained(network, str(weights.path), drop_head=True)
