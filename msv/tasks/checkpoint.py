@@ -117,7 +117,8 @@ def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = Fals
         name = other_head[0]
         raise ValueError(
             f"{path}: the classifier is for another number of classes ({name} is {tuple(weights[name].shape)}, "
-            f"expected {tuple(own[name].shape)}); set model.drop_head to true to leave it out and have `fit` train that part anew"
+            f"expected {tuple(own[name].shape)}); set model.drop_head to true to leave it out and "
+            "have `fit` train it anew"
         )
     warn_not_finite(kept, str(path))
     network.load_state_dict(kept, strict=False)
