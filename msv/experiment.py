@@ -203,6 +203,13 @@ class ExperimentCLI(LightningCLI):
                 f"--ckpt_path {checkpoint}: weights alone, not a {LAST} of `fit`; give them to --model.pretrained"
             )
         if self.grid is None:
+            # A checkpoint brings a head that `fit` trained, also where the config of that run once left one out.
+            if subcommand != "fit" and checkpoint is None and getattr(self.model, "head_left_out", False):
+                raise ValueError(
+                    f"--model.pretrained {self.model.pretrained}: its classifier is for other classes than the data's, "
+                    f"and model.drop_head leaves it out, so {subcommand} has none that is trained; give data of its "
+                    f"classes, or train one with `fit` and give that run's {LAST} to --ckpt_path"
+                )
             if subcommand != "fit" and checkpoint is None and getattr(self.model, "pretrained", None) is None:
                 log.warning("%s uses untrained weights: give --ckpt_path results/.../last.ckpt", subcommand)
             super()._run_subcommand(subcommand)

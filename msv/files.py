@@ -8,6 +8,11 @@ from pathlib import Path
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
+def shipped_grids() -> list[Path]:
+    """The YAML files of `experiments/` that compare networks."""
+    return sorted(path for path in EXPERIMENTS.glob("*.yaml") if path.stem != "train")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
 

@@ -128,7 +128,7 @@ def canonical(value: Any) -> str:
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """A clause that names the nearest of some names, or lists them where none is near."""
-    names = list(names)
+    names = list(dict.fromkeys(names))
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(close) + "?"

@@ -9,7 +9,7 @@ from pathlib import Path
 from msv.ablation.markdown import pipe_table
 from msv.ablation.names import format_value
 from msv.ablation.subjects import Subject, grid_rows
-from msv.files import EXPERIMENTS, write_atomic
+from msv.files import write_atomic
 from msv.profiling import Counts, profile_model
 
 _NONE = "–"
@@ -38,11 +38,6 @@ class CountedRow:
         if printed is None:
             return None
         return printed.params_alike(counts.params) and printed.flops_alike(counts.flops_fvcore)
-
-
-def shipped_grids() -> list[Path]:
-    """The YAML files of `experiments/` that compare networks."""
-    return sorted(path for path in EXPERIMENTS.glob("*.yaml") if path.stem != "train")
 
 
 def count_grid(file: Path) -> list[CountedRow]:

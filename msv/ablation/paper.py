@@ -37,6 +37,7 @@ class ComparisonRow:
         gflops: FLOPs in 10^9, as printed.
         top1: top-1 accuracy in percent.
         preset: the preset of this package that is the same network, if there is one.
+        note: what a reader of the printed numbers has to know.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ComparisonRow:
     gflops: float
     top1: float
     preset: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Printed:
         gflops: FLOPs in 10^9, as text.
         tables: the tables in which it stands.
         row: what they call the row; nothing where a table has the models as columns.
+        note: what a reader of the numbers has to know.
     """
 
     params_m: str
     gflops: str
     tables: tuple[str, ...]
     row: str = ""
+    note: str = ""
 
     @property
     def source(self) -> str:
@@ -87,9 +91,18 @@ TABLE_1: tuple[ComparisonRow, ...] = (
     ComparisonRow("Swin-B", 88, 15.4, 83.5),
     ComparisonRow("ViM-T", 7, 1.5, 76.1),
     ComparisonRow("ViM-S", 26, 5.1, 80.5),
-    ComparisonRow("VMamba-T", 22, 5.6, 82.2, preset="vmamba_tiny"),
-    # Printed as VMamba-B; its parameters and FLOPs are those of VMamba-S.
-    ComparisonRow("VMamba-B", 44, 11.2, 83.5, preset="vmamba_small"),
+    ComparisonRow(
+        "VMamba-T", 22, 5.6, 82.2, "vmamba_tiny", "printed with 22M parameters, which is 22.9M cut short, not rounded"
+    ),
+    ComparisonRow(
+        "VMamba-B",
+        44,
+        11.2,
+        83.5,
+        "vmamba_small",
+        "the paper prints this row as VMamba-B; its parameters and FLOPs are those of VMamba-S, which is "
+        "`vmamba_small` here",
+    ),
     ComparisonRow("LocalVMamba-T", 26, 5.7, 82.7),
     ComparisonRow("LocalVMamba-S", 50, 11.4, 83.7),
     ComparisonRow("EffVMamba-T", 6, 0.8, 76.5),
@@ -196,7 +209,8 @@ def printed(network: Mapping[str, Any] | None, preset: str | None = None) -> Pri
         return Printed(figures["params, M"], figures["GFLOPs"], ("Table 7",))
     for compared in TABLE_1:
         if preset is not None and compared.preset == preset:
-            return Printed(f"{compared.params_m:.0f}", f"{compared.gflops:.1f}", ("Table 1",), compared.name)
+            size = f"{compared.params_m:.0f}", f"{compared.gflops:.1f}"
+            return Printed(*size, ("Table 1",), compared.name, compared.note)
     return None
 
 

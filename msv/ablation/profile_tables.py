@@ -171,7 +171,10 @@ def _notes(lines: Sequence[Line]) -> list[str]:
             f"Training memory: peak of a forward and backward pass of {images} in float32 on "
             f"{memory.device}: weights, gradients and what is kept between; no optimizer."
         )
-    return [*notes, PAPER_NOTE] if any(line.printed for line in lines) else notes
+    if any(line.printed for line in lines):
+        notes.append(PAPER_NOTE)
+    explained = {line.profile.name: line.printed.note for line in lines if line.printed and line.printed.note}
+    return [*notes, *(f"{name}: {note}." for name, note in explained.items())]
 
 
 def _setting(line: Line) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from msv.ablation.profile_tables import FORMATS, Line
 from msv.ablation.subjects import GRIDS, subjects
-from msv.files import write_atomic
+from msv.files import shipped_grids, write_atomic
 from msv.models import PRESETS
 from msv.models.network import MIN_SIZE
 from msv.profiling import profile_model
@@ -78,6 +78,7 @@ def _format(options: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    grids = ", ".join(path.stem for path in shipped_grids())
     parser = argparse.ArgumentParser(
         prog="cli.py profile",
         description="Counts parameters, FLOPs and activations of models beside the paper's figures, and measures the "
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         "models",
         nargs="*",
         metavar="NAME",
-        help=f"a preset ({', '.join(PRESETS)}), any model of timm's registry, a grid ({', '.join(GRIDS)}), one of its "
-        "rows as GRID/ROW, or a path to a grid's YAML",
+        help=f"a preset ({', '.join(PRESETS)}), any model of timm's registry, a grid ({grids}), one of its rows "
+        "as GRID/ROW, or a path to a grid's YAML",
     )
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help="the same, as an option")
     sizes = parser.add_mutually_exclusive_group()

@@ -3,6 +3,7 @@
 The rows of Tables 4 and 5 are the cells of the grids that train them; no second list can say anything else.
 """
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from msv.ablation.config import apply_overrides, get_path, nearest
 from msv.ablation.grid import cell_toggles, expand
 from msv.ablation.names import toggle_names
 from msv.ablation.paper import Printed, printed
-from msv.files import EXPERIMENTS
+from msv.files import EXPERIMENTS, shipped_grids
 from msv.grid_section import Grid
 from msv.models import PRESETS, TimmModel
 from msv.parse_errors import readable_errors
@@ -56,8 +57,8 @@ def subjects(names: Sequence[str] = ()) -> list[Subject]:
     """The models of some names, in their order and each once; without names all presets and all rows of `GRIDS`.
 
     Args:
-        names: a preset or any model of timm's registry; a grid of `GRIDS`, or one of its rows as GRID/CELL; a path to
-            a grid's YAML.
+        names: a preset or any model of timm's registry; a grid of `experiments/`, or one of its rows as GRID/CELL; a
+            path to a grid's YAML.
 
     Raises:
         ValueError: a name that is none of these, with the nearest that are; a YAML that is no grid.
@@ -141,7 +142,8 @@ def _find(name: str) -> list[Subject]:
     if Path(name).suffix in (".yaml", ".yml"):
         return grid_rows(Path(name))[1]
     grid = name.partition("/")[0]
-    if grid in GRIDS:
+    grids = [path.stem for path in shipped_grids()]
+    if grid in grids:
         cells = _shipped(grid)
         chosen = [row for row in cells if name in (grid, f"{grid}/{row.name}")]
         if not chosen:
@@ -149,4 +151,11 @@ def _find(name: str) -> list[Subject]:
         return chosen
     if timm.is_model(name):
         return [Subject("timm", name, TimmModel(name), None)]
-    raise ValueError(f"no model, grid or row {name!r}; {nearest(name, [*GRIDS, *timm.list_models()])}")
+    ours = [*PRESETS, *grids]
+    # timm's names are asked for, but a thousand of them help nobody who is near none.
+    near = difflib.get_close_matches(name, dict.fromkeys([*ours, *timm.list_models()]), n=3)
+    meant = f"did you mean {' or '.join(near)}? There are " if near else "there are "
+    raise ValueError(
+        f"no model, grid or row {name!r}; {meant}the presets {', '.join(PRESETS)}, the grids {', '.join(grids)}, and "
+        "timm's models"
+    )

@@ -1,5 +1,6 @@
 """The systems that the paper's Table 1 compares, and the networks here that are the same."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -26,13 +27,6 @@ _TIMM = {
     "Swin-T": "swin_tiny_patch4_window7_224.ms_in1k",
     "Swin-S": "swin_small_patch4_window7_224.ms_in1k",
     "Swin-B": "swin_base_patch4_window7_224.ms_in1k",
-}
-_NOTES = {
-    "VMamba-T": "printed with 22M parameters, which is 22.9M cut short, not rounded",
-    "VMamba-B": (
-        "the paper prints this row as VMamba-B; its parameters and FLOPs are those of VMamba-S, which is "
-        "`vmamba_small` here"
-    ),
 }
 
 
@@ -71,7 +65,7 @@ class System:
 
 def _system(row: ComparisonRow) -> System:
     name = 'VMamba-S (printed as "VMamba-B")' if row.preset == "vmamba_small" else row.name
-    return System(name, row.name.partition("-")[0], row.preset or _TIMM.get(row.name), row, _NOTES.get(row.name, ""))
+    return System(name, row.name.partition("-")[0], row.preset or _TIMM.get(row.name), row, row.note)
 
 
 def _systems() -> tuple[System, ...]:
@@ -108,6 +102,14 @@ def find(name: str, option: str, models: Iterable[str] = MODELS) -> str:
     plain = name.partition(".")[0]
     if plain in models or plain in short:
         return short.get(plain, plain)
+    for family in dict.fromkeys(system.family for system in SYSTEMS if system.model is None):
+        usual = family.lower()
+        spellings = (usual, usual.replace("eff", "efficient"))
+        if re.split(r"[-_]", plain.lower())[0] in spellings:
+            raise ValueError(
+                f"{option}: {name!r}: {family} is not in this project; its numbers are quoted from the paper alone. "
+                f"Expected one of {', '.join(models)}"
+            )
     raise ValueError(f"{option}: {name!r} is no model of the comparison; {nearest(plain, [*short, *models])}")
 
 

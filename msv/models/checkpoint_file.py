@@ -4,6 +4,7 @@ import logging
 import pickle
 import re
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,10 +56,13 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu", fix: str = "get
     if not zipped and head[:1] != b"\x80":
         raise ValueError(f"{bad}: expected a file that torch.save wrote, or .safetensors; {fix}")
     try:
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        # Namespace: timm's training keeps its arguments in one, beside the weights.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode"), Namespace]):
             content = torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load raises a dozen kinds, none of which says what to do
-        foreign = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))
+        # Torch writes "Unsupported global: GLOBAL a.b", "Unsupported class a.b", and of a module that it blocks
+        # "unsupported GLOBAL posix.system whose module posix is blocked".
+        foreign = re.search(r"unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
         if isinstance(error, pickle.UnpicklingError) and foreign:
             raise ValueError(
                 f"{bad}: it holds a {foreign[1]} beside weights, and to load that would run code of an unknown file; "

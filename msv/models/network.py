@@ -7,6 +7,8 @@ Names: C channels of a map, D = 2·C channels inside a token mixer, N = d_state.
 """
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import timm
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from msv.kernels import Backend
 
-from .checkpoint_file import is_published, read_checkpoint
+from .checkpoint_file import is_published, read_checkpoint, warn_not_finite
 from .layers import ConvDownsample, ConvFFN, PatchMerging, Stem, init_weights
 from .mixers import MS2D, SS2D, TokenMixer
 
@@ -334,29 +336,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 default_cfgs = generate_default_cfgs(dict.fromkeys(PRESETS, _TRAINED_AS))
 
 
-def _refuse_raw_checkpoint(variant: str) -> None:
-    """Says what to do with a published file before timm, which reads it without asking the model, fails at it."""
+def _check_checkpoint(variant: str) -> None:
+    """Says what is wrong with the file of timm's `checkpoint_path`, and what to do with it, before timm fails at it."""
+    # timm reads the file itself and keeps its path from the model: nothing of a model is asked before load_state_dict,
+    # which comes too late for a file that cannot be read. The call under way is the one place that has the path.
     frame = sys._getframe(1)
     while frame.f_code is not timm.create_model.__code__:
         if frame.f_back is None:
             return
         frame = frame.f_back
     path = frame.f_locals.get("checkpoint_path")
-    if not path:
+    if not path or Path(path).suffix.lower() in (".npz", ".npy"):  # timm has its own word for those of NumPy
         return
-    try:
-        raw = is_published(read_checkpoint(path, map_location="meta"))
-    except (OSError, ValueError):  # what is not ours to explain, timm does
-        raw = False
-    if raw:
+    content = read_checkpoint(path)
+    if is_published(content):
         raise ValueError(
             f"{path} is a published checkpoint, with names and shapes of its own: make a file for timm of it with "
             f"`python cli.py convert {path} {variant}.safetensors`, or load it with msv.models.load_published"
         )
+    held = (content.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model"))  # in timm's order
+    weights = next((value for value in held if isinstance(value, Mapping)), content)
+    warn_not_finite({name: value for name, value in weights.items() if isinstance(value, Tensor)}, str(path))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MSVMamba:
-    _refuse_raw_checkpoint(variant)
+    _check_checkpoint(variant)
     return build_model_with_cfg(
         MSVMamba,
         variant,

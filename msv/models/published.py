@@ -168,6 +168,7 @@ def from_published(
         else:
             state[name] = tensor
     problems += [f"extra {name}" for name in published if name not in used]
+    problems = list(dict.fromkeys(problems))  # two parts, half and full, may lack the same tensor
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         fix = (

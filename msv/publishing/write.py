@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from msv import comparison
-from msv.ablation.counted import shipped_grids, write_counts
+from msv.ablation.counted import write_counts
 from msv.ablation.tables import make_table
+from msv.files import shipped_grids
 from msv.publishing.index import COMPARED, COUNTED, kept_folders, write_index
 
 

@@ -74,7 +74,7 @@ def check_architecture(own: Mapping[str, Tensor], other: Mapping[str, Tensor], s
         )
 
 
-def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = False) -> None:
+def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = False) -> bool:
     """Load pretrained weights into ``network``.
 
     Args:
@@ -82,6 +82,9 @@ def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = Fals
         path: a ``.safetensors`` file, a plain state dict, a checkpoint of our own training (its averaged weights
             are taken) or a published checkpoint of MSVMamba or VMamba.
         drop_head: whether a classifier for another number of classes is left out, with a warning, instead of refused.
+
+    Returns:
+        Whether the classifier was left out, and has to be trained before it says anything.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -94,8 +97,7 @@ def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = Fals
                 f"{path} is a published checkpoint of MSVMamba or VMamba, and the network is {type(network).__name__}; "
                 "set model.init_args.network to msv.models.MSVMamba, or msv.models.TimmModel with one of its presets"
             )
-        load_published(network, path, drop_head=drop_head)
-        return
+        return bool(load_published(network, path, drop_head=drop_head).left_out)
     _, weights = choose_weights(content.get("state_dict", content), "auto", str(path))
     if all(name.startswith("network.") for name in weights):
         weights = {name.removeprefix("network."): value for name, value in weights.items()}
@@ -115,12 +117,14 @@ def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = Fals
         name = other_head[0]
         raise ValueError(
             f"{path}: the classifier is for another number of classes ({name} is {tuple(weights[name].shape)}, "
-            f"expected {tuple(own[name].shape)}); set model.drop_head to true to leave it out and start that part anew"
+            f"expected {tuple(own[name].shape)}); set model.drop_head to true to leave it out and "
+            "have `fit` train it anew"
         )
     warn_not_finite(kept, str(path))
     network.load_state_dict(kept, strict=False)
     if other_head:
         log.warning("%s: the classifier (%s) is for another number of classes; it starts anew", path, other_head[0])
+    return bool(other_head)
 
 
 def _classifier_names(network: nn.Module) -> list[str]:

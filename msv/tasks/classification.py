@@ -35,8 +35,9 @@ class Classification(pl.LightningModule):
             takes it from seed_everything.
         pretrained: Weights to start from: a .safetensors file, a state dict, a checkpoint of this task, or a
             published checkpoint.
-        drop_head: Whether pretrained weights may be of another number of classes: their classifier is left out then,
-            and starts anew; otherwise that is an error.
+        drop_head: Whether `fit` may start from weights of another number of classes: their classifier is left out
+            then, and starts anew; otherwise that is an error. For validate, test and predict it always is one, since
+            a classifier that starts anew knows nothing, unless a checkpoint of `fit` brings the trained one.
         lr: Learning rate after warm-up.
         min_lr: Learning rate at the end of the cosine.
         warmup_lr: Learning rate of the first step, when there are warm-up epochs.
@@ -117,8 +118,7 @@ class Classification(pl.LightningModule):
             torch.manual_seed(seed)
             self.network = network(in_chans, num_classes)
         self.network_factory = network
-        if pretrained is not None:
-            load_pretrained(self.network, pretrained, drop_head)
+        self.head_left_out = pretrained is not None and load_pretrained(self.network, pretrained, drop_head)
         self.mix = self.configure_mixup()
         self.train_loss = self.configure_loss()
         self.eval_loss = nn.CrossEntropyLoss()

@@ -5,8 +5,9 @@ import io
 
 import pytest
 
-from msv.ablation.counted import count_grid, render_csv, render_markdown, shipped_grids
+from msv.ablation.counted import count_grid, render_csv, render_markdown
 from msv.ablation.paper import PAPER_ROWS
+from msv.files import shipped_grids
 
 
 @pytest.fixture(scope="module")

@@ -101,8 +101,11 @@ def test_table(capsys, monkeypatch):
     for part in ("stem", "scans", "convolutions", "projections", "norms", "se", "ffn", "downsampling", "head"):
         assert f"│ {part} " in text
     assert "training memory" not in text
+    assert "vmamba_tiny: printed with 22M parameters, which is 22.9M cut short, not rounded." in text
     assert main(["msvmamba_nano", "--no-parts"]) == 0
-    assert "by part" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "by part" not in text
+    assert "cut short" not in text
 
 
 def test_names_and_numbers_stay_whole_on_a_narrow_screen(capsys, monkeypatch):

@@ -66,6 +66,14 @@ def test_by_name_in_order_and_once():
     assert {("ablate_scans", "full_scans=0"), ("compare_baseline", "ms2d_equal_depth")} <= set(found)
 
 
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*_*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_grid_by_name(path):
+    found = subjects([path.stem])
+    assert found
+    assert {s.group for s in found} == {path.stem}
+    assert [s.name for s in subjects([f"{path.stem}/{found[-1].name}"])] == [found[-1].name]
+
+
 def test_control_rows_have_no_printed_numbers():
     printed = {s.name: s.printed for s in grid_rows(EXPERIMENTS / "compare_baseline.yaml")[1]}
     assert printed["ms2d_equal_depth"] is None
@@ -77,6 +85,13 @@ def test_control_rows_have_no_printed_numbers():
     [
         ("msvmamba_nan", "no model, grid or row 'msvmamba_nan'; did you mean msvmamba_nano"),
         ("ablate_scan", "did you mean ablate_scans"),
+        ("resnet18x", "did you mean resnet18"),
+        (
+            "zzz",
+            "no model, grid or row 'zzz'; there are the presets msvmamba_nano, .*, the grids ablate_components, "
+            "ablate_scans, compare_baseline, controls_components, controls_scans, and timm's models$",
+        ),
+        ("controls_scans/reset", "no row 'controls_scans/reset'"),
         ("ablate_scans/full_scan=2", "no row 'ablate_scans/full_scan=2'; did you mean .*ablate_scans/full_scans=2"),
     ],
 )

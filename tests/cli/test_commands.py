@@ -266,8 +266,21 @@ def test_a_published_head_of_another_size(run, trained, tmp_path, to_published, 
     network = MSVMamba(1, 7, dims=(8, 16, 32, 64), depths=(1, 1, 1, 1))
     file = save_as_published(tmp_path / "seven.pth", model=to_published(network))
     one_error(run(*from_weights(trained, "test", file)), r"misshapen classifier.head.weight .*--model.drop_head true")
-    assert run(*from_weights(trained, "test", file, "--model.drop_head", "true"))[0] == 0
+    drop = ["--model.drop_head", "true"]
+    words = ["--trainer.max_epochs", "1", "--model.warmup_epochs", "0", "--trainer.default_root_dir", str(tmp_path)]
+    assert run(*from_weights(trained, "fit", file, *drop, *words))[0] == 0
     assert "classifier.head.weight (7, 64) is left out" in caplog.text
+    image = tmp_path / "image.png"
+    Image.new("L", (40, 32), color=90).save(image)
+    for command, more in (("validate", []), ("test", []), ("predict", ["--data.predict_paths", f"[{image}]"])):
+        message = rf"seven.pth: its classifier is for other classes than the data's.* so {command} has none .* `fit`"
+        one_error(run(*from_weights(trained, command, file, *drop, *more)), message)
+        with_head = ["--ckpt_path", str(trained / "last.ckpt")]  # as with the config of a run that was fine-tuned
+        assert run(*from_weights(trained, command, file, *drop, *more, *with_head))[0] == 0
+
+
+def test_validating_weights_of_as_many_classes_may_name_drop_head(run, trained, published):
+    assert run(*from_weights(trained, "validate", published, "--model.drop_head", "true"))[0] == 0
 
 
 def test_print_config_is_the_whole_experiment(capsys):

@@ -52,6 +52,17 @@ def test_names_that_a_user_may_say(name):
 def test_an_unknown_name():
     with pytest.raises(ValueError, match=r"--only: 'vmamba_tyny' is no model .*did you mean vmamba_tiny"):
         find("vmamba_tyny", "--only")
+    with pytest.raises(ValueError, match=r"did you mean vmamba_tiny or msvmamba_tiny or \w+\?$"):
+        find("vmamba_tyny", "--only")
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [("vim_tiny", "ViM"), ("ViM-S", "ViM"), ("localvmamba_tiny", "LocalVMamba"), ("efficientvmamba-b", "EffVMamba")],
+)
+def test_a_system_that_is_not_here(name, family):
+    with pytest.raises(ValueError, match=rf"--only: '{name}': {family} is not in this project.*Expected one of regnet"):
+        find(name, "--only")
 
 
 def test_the_papers_own_models_come_first():

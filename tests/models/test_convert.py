@@ -1,9 +1,12 @@
 """`convert`: published files made into what timm's checkpoint_path loads, and everything it refuses."""
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from msv.models import PRESETS, MSVMamba, load_published
 from msv.models.convert import _preset, convert, main
@@ -172,5 +175,38 @@ def test_timm_keeps_its_own_files_and_errors(tmp_path, make_small):
     torch.save({"state_dict": make_small().state_dict()}, tmp_path / "own.pth")
     loaded = timm.create_model("msvmamba_nano", checkpoint_path=tmp_path / "own.pth", **SMALL)
     assert isinstance(loaded, MSVMamba)
-    with pytest.raises(FileNotFoundError):
+    torch.save({"state_dict": make_small().state_dict(), "args": Namespace(lr=1)}, tmp_path / "timms.pth")
+    assert isinstance(timm.create_model("msvmamba_nano", checkpoint_path=tmp_path / "timms.pth", **SMALL), MSVMamba)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing.pth: no such file"):
         timm.create_model("msvmamba_nano", checkpoint_path=tmp_path / "nothing.pth", **SMALL)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "text.pth",
+            b"Not found",
+            r"text.pth cannot be read as a checkpoint of weights: expected a file that torch",
+        ),
+        ("torn.pth", None, r"torn.pth cannot be read .* truncated or damaged \([\d,]+ bytes\); get it again"),
+        ("torn.safetensors", b"PK", r"torn.safetensors cannot be read .* truncated or damaged \(2 bytes\)"),
+    ],
+)
+def test_timm_given_a_damaged_file_names_it(tmp_path, make_small, name, content, message):
+    if content is None:
+        torch.save(make_small().state_dict(), tmp_path / name)
+        content = (tmp_path / name).read_bytes()[:-3000]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("msvmamba_nano", checkpoint_path=tmp_path / name, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.pth"])
+def test_timm_given_weights_that_are_not_finite_warns(tmp_path, make_small, caplog, name):
+    network = make_small()
+    with torch.no_grad():
+        network.norm.weight[2] = torch.nan
+    (save_file if name.endswith("safetensors") else torch.save)(network.state_dict(), tmp_path / name)
+    timm.create_model("msvmamba_nano", checkpoint_path=tmp_path / name, **SMALL)
+    assert f"{name}: NaN or infinite weights in 1 tensor(s): norm.weight (1 of 64)" in caplog.text

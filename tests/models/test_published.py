@@ -130,6 +130,12 @@ def test_a_file_with_its_configuration_inside(with_config, expected):
     assert config == {"MODEL": {"TYPE": "vssm", "DEPTHS": [1, 1, 2, 1]}, "SEED": 0, "TAG": None}
 
 
+def test_a_missing_tensor_of_two_parts_is_named_once(published):
+    lacking = {name: value for name, value in published.items() if name != "layers.2.blocks.0.op.A_logs"}
+    with pytest.raises(ValueError, match=r"network: missing layers.2.blocks.0.op.A_logs\. Expected"):
+        load_published(make_network(), lacking)
+
+
 def test_drop_head(published, expected, caplog):
     network = make_network(num_classes=3)
     head = {name: value.clone() for name, value in network.head.state_dict().items()}

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from msv.ablation.counted import shipped_grids
+from msv.files import shipped_grids
 from msv.publishing import write
 from msv.publishing.command import main
 from msv.publishing.write import write_all

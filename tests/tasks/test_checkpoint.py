@@ -1,5 +1,8 @@
 """Pretrained weights from published files, and what is wrong with files that are given as such."""
 
+import os
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -80,3 +83,26 @@ def test_files_that_are_no_checkpoints(tmp_path, source, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} cannot be read as a checkpoint"):
         load_pretrained(source, tmp_path / name)
+
+
+class Calls:
+    """Pickled, a call of a function, which a reader that trusts the file would make."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "function, argument, name",
+    [(os.system, "touch ran", r"(posix|nt)\.system"), (Path, "ran", r"pathlib\.\w+"), (eval, "1", r"eval")],
+    ids=["blocked", "unknown", "builtin"],
+)
+def test_files_that_hold_code(tmp_path, monkeypatch, source, function, argument, name):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": source.state_dict(), "extra": Calls(function, argument)}, "weights.pth")
+    with pytest.raises(ValueError, match=rf"weights.pth cannot be read .* it holds a {name} beside weights.*run code"):
+        load_pretrained(source, "weights.pth")
+    assert not Path("ran").exists()
