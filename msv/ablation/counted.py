@@ -131,7 +131,7 @@ def _toggles(rows: Sequence[CountedRow]) -> list[str]:
 
 
 def _values(toggles: Sequence[str], row: CountedRow, none: str) -> list[str]:
-    values = row.subject.toggles
+    values = row.subject.acting
     return [format_value(values[name]) if name in values else none for name in toggles]
 
 

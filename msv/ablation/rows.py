@@ -14,7 +14,7 @@ class Row:
 
     Args:
         cell: its name.
-        toggles: short name -> value.
+        toggles: short name -> value, of those that can act in its network.
         status: "done", "running", "unfinished", "failed" or "missing", with counts where its seeds are not alike.
         top1: test top-1 in percent by seed, of finished runs.
         top1_mean: their mean.

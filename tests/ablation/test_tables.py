@@ -344,3 +344,22 @@ def test_a_toggle_called_as_a_column(tmp_path):
     make_table(tmp_path / "g" / "digits")
     row = read_csv(tmp_path / "g" / "digits")[1]
     assert (row["toggle_n"], row["n"]) == ("2", "0")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_toggle_that_cannot_act_is_not_shown(tmp_path, trained):
+    key = "model.init_args.network.init_args.carry_state"
+    grid = Grid("g", cells={"one": {SCANS: 1, key: True}, "four": {SCANS: 4, key: True}}, results=str(tmp_path))
+    config = base()
+    config["model"]["init_args"]["network"]["init_args"]["carry_state"] = True
+    runs = resolve_runs(grid, config)
+    write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
+    for run in runs if trained else ():
+        network = run.config["model"]["init_args"]["network"]
+        record = {"cell": run.cell.name, "seed": 0, "config_hash": run.config_hash, "status": "done", "metrics": {}}
+        write_record(run.folder / "record.json", {**record, "network": network})
+    folder = tmp_path / "g" / "digits"
+    text = make_table(folder).markdown.read_text()
+    assert re.search(r"\| one +\| 1 +\| true ", text)
+    assert re.search(r"\| four +\| 4 +\| – ", text)
+    assert [row["carry_state"] for row in read_csv(folder)] == ["true", ""]
