@@ -107,6 +107,12 @@ class Table:
         return " or ".join(sorted(splits)) or "test"
 
     @property
+    def finished(self) -> list[Mapping[str, Any]]:
+        """The records of finished runs."""
+        runs = [record for cell in self.records.values() for record in cell.values() if record is not None]
+        return [record for record in runs if record["status"] == "done"]
+
+    @property
     def groups(self) -> dict[str, list[Row]]:
         """Rows by the heading under which they stand, in order."""
         found: dict[str, list[Row]] = {}
