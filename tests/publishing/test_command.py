@@ -88,8 +88,8 @@ def test_everything_at_once(results, quick, capsys):
         "counted/compare_baseline.csv", "counted/compare_baseline.md", "comparison/table_1.md", "README.md",
     ]  # fmt: skip
     text = (results / "README.md").read_text()
-    assert "- [compare_baseline](counted/compare_baseline.md)" in text
-    assert "- [table_1](comparison/table_1.md)" in text
+    assert "- [compare_baseline: VMamba-Nano against MS2D](counted/compare_baseline.md)" in text
+    assert "by `python cli.py compare`:\n\n- [Table 1: the paper's systems](comparison/table_1.md)" in text
     # The runs themselves, which are not published, are left alone.
     assert not (results / "g/quick/table.md").exists()
 
@@ -112,12 +112,18 @@ def test_rows_of_no_known_commit_are_left_out_by_name(results, monkeypatch, caps
     assert "msvmamba_nano" in table
     assert table.count("\n") == 2
     assert not any("dirty" in path.read_text() for path in folder.glob("table_*"))
+    index = (results / "README.md").read_text()
+    assert "| [Table 6: throughput in inference](comparison/table_6.md) |    1 | " in index
+    assert "Table 6 by `c`." in index
+    assert "dirty" not in index
     # The rows themselves stay; the index speaks of those published alone.
     assert len(throughput.store(folder).read()) == 3
 
     monkeypatch.setattr("msv.publishing.guard.in_history", lambda commit: False)
     assert main(["--all", "--results", str(results)]) == 0
     assert not list(folder.glob("table_6.*"))
+    missing = "Table 6 (throughput) has not been measured yet: `python cli.py compare --measure throughput` on a GPU"
+    assert missing in (results / "README.md").read_text()
 
 
 def test_a_damaged_record_does_not_keep_the_others_from_their_tables(results, quick):
