@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msv.ablation.markdown import pipe_table
 from msv.ablation.names import format_value
+from msv.ablation.paper import CONFOUNDED
 from msv.ablation.subjects import Subject, grid_rows
 from msv.files import write_atomic
 from msv.profiling import Counts, profile_model
@@ -94,7 +95,7 @@ def render_markdown(name: str, rows: Sequence[CountedRow]) -> str:
         "- **params, GFLOPs**: counted by this code at 1×3×224×224 with 1000 classes; nothing is trained. FLOPs in the "
         "paper's convention: a multiply-accumulate counts once\n"
         "- **paper**: printed in Tables 4 and 5 of arXiv 2405.14174; *alike* where both numbers round to what is "
-        "printed",
+        "printed" + (f"\n- **Confounded**: {CONFOUNDED[name]}" if name in CONFOUNDED else ""),
     ]
     for group in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == group]
@@ -126,7 +127,7 @@ def _toggles(rows: Sequence[CountedRow]) -> list[str]:
 
 
 def _values(toggles: Sequence[str], row: CountedRow, none: str) -> list[str]:
-    values = row.subject.toggles
+    values = row.subject.acting
     return [format_value(values[name]) if name in values else none for name in toggles]
 
 

@@ -1,9 +1,12 @@
 """A table as Markdown: a head that says what the numbers are, the table, what failed, how to make it again."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from msv.ablation.names import format_value
+from msv.ablation.paper import CONFOUNDED
 from msv.ablation.rows import Row, Table
 from msv.ablation.statistics import CONFIDENCE
 
@@ -29,11 +32,46 @@ def render_markdown(table: Table) -> str:
         "\n".join(f"- **{label}**: {text}" for label, text in _head(table)),
         _body(table),
         _errors(table),
-        "Trained, and made again with the records of finished runs, by\n\n"
-        f"```\n{table.command}\n```\n\n"
-        f"and from the records alone by `{table.again}`.",
+        _trained(table),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _trained(table: Table) -> str:
+    """The foot: what trained the runs, here or in the grids that they are taken over from, and makes the table."""
+    runs = table.finished
+    elsewhere = [record for record in runs if record.get("trained_as")]
+    again = f"```\n{table.command}\n```\n\nand from the records alone by `{table.again}`."
+    if not elsewhere:
+        return f"Trained, and made again with the records of finished runs, by\n\n{again}"
+    commands = "\n".join(commands_elsewhere(elsewhere))
+    ours = "Trained, and made again" if len(elsewhere) < len(runs) else "Made"
+    return (
+        f"{len(elsewhere)} of {len(runs)} runs are taken over from {grids_elsewhere(elsewhere)}, where they were "
+        f"trained by\n\n```\n{commands}\n```\n\n{ours} with the records of finished runs, by\n\n{again}"
+    )
+
+
+def grids_elsewhere(records: Iterable[Record]) -> str:
+    """The grids that records are taken over from."""
+    return ", ".join(dict.fromkeys(str(record["trained_as"]).partition("/")[0] for record in records))
+
+
+def commands_elsewhere(records: Iterable[Record]) -> list[str]:
+    """What trained the records that are taken over, as they say themselves; cells and seeds of one grid in a line."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for record in records:
+        base, only, cell_and_seed = str(record.get("command") or "").partition(" --grid.only ")
+        if base:
+            chosen = found.setdefault(base, {"only": [], "seeds": []})
+            if only and cell_and_seed:
+                chosen["only"].append(str(record["trained_as"]).rpartition("/")[2])
+                chosen["seeds"].append(record["seed"])
+    commands = []
+    for base, chosen in found.items():
+        options = {name: json.dumps(list(dict.fromkeys(values))) for name, values in chosen.items() if values}
+        commands.append(base + "".join(f" --grid.{name} {shlex.quote(value)}" for name, value in options.items()))
+    return commands
 
 
 def _head(table: Table) -> list[tuple[str, str]]:
@@ -52,6 +90,7 @@ def _head(table: Table) -> list[tuple[str, str]]:
     notes = list(dict.fromkeys(note for _, record in used if (note := _section(record, "data").get("note"))))
     head += [("Note", str(note)) for note in notes]
     head.append(("Trained in other grids", _taken_over(used)))
+    head.append(("Confounded", CONFOUNDED.get(table.name, "")))
     recounted = [cell for cell in table.records if _disagree(used, cell)]
     if recounted:
         head.append(("Counts", f"the seeds of {', '.join(recounted)} disagree; those of the first finished seed stand"))

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from msv.toggles import idle_toggles
+
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9._=+,-]*")
 # Folder names end at 255 bytes on common file systems; suffixes (a run moved aside) need room.
 _LONGEST_NAME = 200
@@ -48,6 +50,26 @@ def toggle_names(keys: Iterable[str]) -> dict[str, str]:
         others = [f".{other}" for other in unique if other != key]
         names[key] = next((name for name in suffixes if not any(o.endswith(f".{name}") for o in others)), key)
     return names
+
+
+def acting(toggles: Mapping[str, Any], network: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The toggles of a cell without those that cannot act in its network, whatever their value.
+
+    Args:
+        toggles: short name -> value.
+        network: of the cell, resolved; None where no run has left it, and then the toggles alone say.
+    """
+    if network is None:
+        settings = dict(toggles)
+    elif str(network.get("class_path", "")).rpartition(".")[2] == "MSVMamba":
+        settings = network.get("init_args") or {}
+    else:
+        return dict(toggles)
+    full_scans = settings.get("full_scans")
+    if not isinstance(full_scans, int):
+        return dict(toggles)
+    idle = idle_toggles(full_scans, settings.get("share_half") is not False)
+    return {name: value for name, value in toggles.items() if name.rpartition(".")[2] not in idle}
 
 
 def format_value(value: Any) -> str:

@@ -80,6 +80,12 @@ class Printed:
         return _rounds_to(flops / 1e9, self.gflops)
 
 
+CONFOUNDED = {
+    "ablate_components": "the depths change with the component; `controls_components` has each at equal depth",
+    "ablate_scans": "weight sets and parameters change with the split; see `controls_scans`",
+}
+"""Grids of the paper's rows: what changes in them beside what they ask about."""
+
 TABLE_1: tuple[ComparisonRow, ...] = (
     ComparisonRow("RegNetY-800M", 6, 0.8, 76.3),
     ComparisonRow("RegNetY-1.6G", 11, 1.6, 78.0),

@@ -14,7 +14,7 @@ class Row:
 
     Args:
         cell: its name.
-        toggles: short name -> value.
+        toggles: short name -> value, of those that can act in its network.
         status: "done", "running", "unfinished", "failed" or "missing", with counts where its seeds are not alike.
         top1: test top-1 in percent by seed, of finished runs.
         top1_mean: their mean.
@@ -105,6 +105,12 @@ class Table:
         runs = [record for cell in self.records.values() for record in cell.values() if record is not None]
         splits = {(record.get("data") or {}).get("test_split", "test") for record in runs}
         return " or ".join(sorted(splits)) or "test"
+
+    @property
+    def finished(self) -> list[Mapping[str, Any]]:
+        """The records of finished runs."""
+        runs = [record for cell in self.records.values() for record in cell.values() if record is not None]
+        return [record for record in runs if record["status"] == "done"]
 
     @property
     def groups(self) -> dict[str, list[Row]]:

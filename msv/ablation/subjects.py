@@ -20,7 +20,7 @@ from torch import nn
 
 from msv.ablation.config import apply_overrides, get_path, nearest
 from msv.ablation.grid import cell_toggles, expand
-from msv.ablation.names import toggle_names
+from msv.ablation.names import acting, toggle_names
 from msv.ablation.paper import Printed, printed
 from msv.files import EXPERIMENTS, shipped_grids
 from msv.grid_section import Grid
@@ -44,6 +44,7 @@ class Subject:
         factory: makes the network from the channels of an image and the number of classes.
         printed: the paper's figures of the same network, for images of 3×224×224 and 1000 classes.
         toggles: of a cell, what its grid varies in the network: short name -> value.
+        acting: those of them that can act in this network.
     """
 
     group: str
@@ -51,6 +52,7 @@ class Subject:
     factory: Factory
     printed: Printed | None
     toggles: dict[str, Any] = field(default_factory=dict)
+    acting: dict[str, Any] = field(default_factory=dict)
 
 
 def subjects(names: Sequence[str] = ()) -> list[Subject]:
@@ -119,7 +121,7 @@ def grid_rows(path: Path) -> tuple[Grid, list[Subject]]:
         network = parsed.network.as_dict()
         factory = parser.instantiate_classes(parsed).network
         toggles = cell_toggles(cell, _config(network), names)
-        found.append(Subject(grid.name, cell.name, factory, printed(network), toggles))
+        found.append(Subject(grid.name, cell.name, factory, printed(network), toggles, acting(toggles, network)))
     return grid, found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from msv.ablation.grid import read_grid_file, run_folder
 from msv.ablation.markdown import render_markdown
-from msv.ablation.names import format_value
+from msv.ablation.names import acting, format_value
 from msv.ablation.paper import paper_row
 from msv.ablation.plots import plot_accuracy
 from msv.ablation.records import RECORD_NAME, read_record
@@ -88,7 +88,7 @@ def load_table(folder: Path) -> Table:
         rows.append(
             Row(
                 cell=name,
-                toggles=listed["cells"][name]["toggles"],
+                toggles=acting(listed["cells"][name]["toggles"], network),
                 status=_status(runs),
                 top1=top1[name],
                 top1_mean=mean(list(top1[name].values())),

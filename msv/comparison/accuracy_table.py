@@ -7,11 +7,13 @@ from pathlib import Path
 from msv.ablation.markdown import NONE, fixed, pipe_table
 
 from . import accuracy
-from .kept import Row, number
+from .kept import Filter, Row, every, number
 from .pages import COMMAND, as_csv, page, told_place
 from .systems import SYSTEMS, System, counts
 
 PAPER = "arXiv 2405.14174"
+VERSIONS = ("torch", "timm", "msv")
+"""What counts depend on; the commit stays out of them, for every later one would rewrite pages that say the same."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,17 @@ class Table1Row:
         return None if self.evaluation is None else number(self.evaluation, "top1")
 
 
-def table_1(folder: Path | None = None) -> list[Table1Row]:
+def table_1(folder: Path | None = None, takes: Filter = every) -> list[Table1Row]:
     """The systems of Table 1, counted here, and with the accuracies that a folder keeps.
 
     Args:
         folder: where `accuracy.csv` lies, if it does.
+        takes: which of its rows are taken.
 
     Raises:
         ValueError: that file is damaged.
     """
-    kept = {row["model"]: row for row in accuracy.store(folder).read()} if folder else {}
+    kept = {row["model"]: row for row in accuracy.store(folder).read() if takes(row)} if folder else {}
     rows = []
     for system in SYSTEMS:
         if not system.in_table_1:
@@ -76,7 +79,7 @@ def render_csv(rows: Sequence[Table1Row], where: Mapping[str, str]) -> str:
                 "paper_gflops": f"{paper.gflops:.1f}" if paper else "",
                 "paper_top1": f"{paper.top1:.1f}" if paper else "",
                 "note": row.system.note,
-                **{name: where[name] if row.params is not None else "" for name in ("torch", "timm", "msv", "commit")},
+                **{name: where[name] if row.params is not None else "" for name in VERSIONS},
             }
         )
     return as_csv(lines)
@@ -84,13 +87,13 @@ def render_csv(rows: Sequence[Table1Row], where: Mapping[str, str]) -> str:
 
 def render_markdown(rows: Sequence[Table1Row], where: Mapping[str, str]) -> str:
     """The page: head, table, notes, and where accuracies were measured."""
-    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "timm", "msv") if where[name])
+    versions = ", ".join(f"{name} {where[name]}" for name in VERSIONS if where[name])
     evaluated = [row for row in rows if row.evaluation]
     head = [
         (
             "params, GFLOPs",
             "counted here, at 1×3×224×224 with 1000 classes, from the networks themselves: those of this project and "
-            f"those of timm ({versions}, commit {where['commit'] or 'unknown'})",
+            f"those of timm ({versions})",
         ),
         (
             "FLOPs",

@@ -123,7 +123,7 @@ def render_csv(layers: Sequence[Layer]) -> str:
     )
 
 
-def render_markdown(layers: Sequence[Layer], where: Mapping[str, str]) -> str:
+def render_markdown(layers: Sequence[Layer]) -> str:
     """The page: the paper's three models as they are here, as the paper printed them, and VMamba's the same way."""
     models = list(layers[0].models)
     own = [model for model in models if model in TABLE_7_COLUMNS]
@@ -131,9 +131,9 @@ def render_markdown(layers: Sequence[Layer], where: Mapping[str, str]) -> str:
     head = [
         (
             "here",
-            f"read from the networks as built, sizes from a 1×3×{IMAGE_SIZE}×{IMAGE_SIZE} image that went through them "
-            f"(commit {where['commit'] or 'unknown'}); a stage has its blocks, then the downsampling that leads to the "
-            "next, and the output is the size after it",
+            f"read from the networks as built, sizes from a 1×3×{IMAGE_SIZE}×{IMAGE_SIZE} image that went through "
+            "them; a stage has its blocks, then the downsampling that leads to the next, and the output is the size "
+            "after it",
         ),
         ("GFLOPs", "in the paper's convention: a multiply-accumulate counts once"),
         (

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from msv.files import write_atomic
 from msv.provenance import environment
 
 Row = dict[str, str]
+Filter = Callable[[Row], bool]
+"""Which kept rows a table takes."""
 ENVIRONMENT = ("device", "cpu", "threads", "torch", "cuda", "triton", "timm", "msv", "python", "commit")
 """Columns that say where a row was measured: rows that agree in them may be compared, and need not be made again."""
 
@@ -106,6 +108,11 @@ def number(row: Mapping[str, str], column: str) -> float | None:
         return float(text) if text else None
     except ValueError as error:
         raise ValueError(f"{column} is {text!r} in a kept row; expected a number: mend or remove the row") from error
+
+
+def every(row: Row) -> bool:
+    """The `Filter` that takes all rows."""
+    return True
 
 
 def _text(value: object) -> str:

@@ -8,7 +8,7 @@ from msv.ablation.markdown import NONE, fixed, pipe_table
 from msv.ablation.paper import TABLE_6
 
 from . import throughput
-from .kept import ENVIRONMENT, Row, number, place
+from .kept import ENVIRONMENT, Filter, Row, every, number, place
 from .pages import as_csv, page, told_place
 from .systems import MODELS, REFERENCE, order
 
@@ -53,16 +53,17 @@ class Table6Row:
         return (self.kept["batch"], self.kept["size"], *place(self.kept))
 
 
-def table_6(folder: Path) -> list[Table6Row]:
+def table_6(folder: Path, takes: Filter = every) -> list[Table6Row]:
     """The throughput rows that a folder keeps, by setting, in the order of `systems.order`; none measures anew.
 
     Args:
         folder: where `throughput.csv` lies, if it does.
+        takes: which of its rows are taken.
 
     Raises:
         ValueError: that file is damaged.
     """
-    kept = throughput.store(folder).read()
+    kept = [row for row in throughput.store(folder).read() if takes(row)]
     for row in kept:
         if row["model"] not in MODELS:
             raise ValueError(f"{folder / throughput.FILE} has a row of {row['model']!r}, which is no model here")

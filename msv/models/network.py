@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from msv.kernels import Backend
+from msv.toggles import idle_toggles
 
 from .checkpoint_file import is_published, read_checkpoint, warn_not_finite
 from .layers import ConvDownsample, ConvFFN, PatchMerging, Stem, init_weights
@@ -280,20 +281,21 @@ def _check_toggles(full_scans: int, carry_state: bool, share_half: bool, separat
     if downsample not in ("merge", "conv"):
         raise ValueError(f"downsample is {downsample!r}; expected 'merge' or 'conv'")
     split = f"{full_scans}/{4 - full_scans}"
-    if not share_half and full_scans not in (1, 2):
+    idle = idle_toggles(full_scans)
+    if not share_half and "share_half" in idle:
         raise ValueError(
             f"share_half is false, but the split {split} has no two half routes: expected full_scans 1 or 2"
         )
-    if not carry_state and full_scans not in (1, 2):
+    if not carry_state and "carry_state" in idle:
         raise ValueError(
             f"carry_state is false, but the split {split} has no seams between half routes: expected full_scans 1 or 2"
         )
-    if not carry_state and not share_half:
+    if not carry_state and "carry_state" in idle_toggles(full_scans, share_half):
         raise ValueError(
             "carry_state is false and share_half is false, but separate weight sets never carry a state: set "
             "carry_state to true or share_half to true"
         )
-    if separate_norms and full_scans in (0, 4):
+    if separate_norms and "separate_norms" in idle:
         raise ValueError(f"separate_norms is true, but the split {split} has one branch: expected full_scans 1, 2 or 3")
 
 

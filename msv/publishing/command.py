@@ -42,8 +42,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.all:
         from msv.publishing.write import write_all  # counts build networks, which no other table needs
 
-        for written in write_all(arguments.results):
-            console.print(f"wrote {written}")
+        written = write_all(arguments.results)
+        for file in written.files:
+            console.print(f"wrote {file}")
+        for row in written.left_out:
+            console.print(f"left out: {row}")
         return 0
     problems = []
     for folder in grid_folders(arguments.results, arguments.grid):

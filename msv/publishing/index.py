@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from msv.ablation.grid import GRID_FILE
-from msv.ablation.markdown import describe_data, machine, pipe_table
+from msv.ablation.markdown import commands_elsewhere, describe_data, grids_elsewhere, machine, pipe_table
+from msv.ablation.paper import CONFOUNDED
 from msv.ablation.rows import Table
 from msv.ablation.tables import load_table
+from msv.comparison import accuracy, throughput
+from msv.comparison.kept import Row
 from msv.files import write_atomic
+from msv.publishing.guard import row_problem
 
 MEASURED, COUNTED, COMPARED, TIMED = "measured", "counted", "comparison", "benchmarks"
 """What `results/` holds that git tracks."""
@@ -22,7 +26,25 @@ what is kept here. The paper's own numbers (arXiv 2405.14174) stand beside ours 
 else: no column holds both, and no mean is made of both.
 
 The grids are those of `experiments/`: `ablate_components` is Table 4, `ablate_scans` Table 5; `controls_components` and
-`controls_scans` are the same rows with control rows, at equal depth; `compare_baseline` is VMamba-Nano against MS2D."""
+`controls_scans` are the same rows with control rows, at equal depth; `compare_baseline` is VMamba-Nano against MS2D.
+
+What the paper's rows confound: in `ablate_components` {ablate_components}. In `ablate_scans` {ablate_scans}.""".format(
+    **CONFOUNDED
+)
+
+
+_TITLES = {
+    "table_1": "Table 1: the paper's systems",
+    "table_6": "Table 6: throughput in inference",
+    "table_7": "Table 7: architectures",
+    "fig_1": "Fig. 1: accuracy against FLOPs",
+    "ablate_components": "ablate_components: the rows of Table 4",
+    "ablate_scans": "ablate_scans: the rows of Table 5",
+    "compare_baseline": "compare_baseline: VMamba-Nano against MS2D",
+    "controls_components": "controls_components: the rows of Table 4 and their controls",
+    "controls_scans": "controls_scans: the rows of Table 5 and their controls",
+}
+"""File -> what the index calls it."""
 
 
 def write_index(results: Path) -> Path:
@@ -33,7 +55,7 @@ def write_index(results: Path) -> Path:
         OSError: the file cannot be written.
     """
     tables = {folder: load_table(folder) for folder in kept_folders(results)}
-    sections = [_INTRODUCTION, _measured(results, tables), _timed(results), _compared(results), _counted(results)]
+    sections = [_INTRODUCTION, _measured(results, tables), _top1(results), _timed(results), _counted(results)]
     path = results / "README.md"
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
@@ -49,20 +71,27 @@ def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
     for folder, table in tables.items():
         runs = [record for cell in table.records.values() for record in cell.values()]
         done = [record for record in runs if record is not None]
+        elsewhere = [record for record in done if record.get("trained_as")]
+        origin = ""
+        if elsewhere:
+            some = f"{len(elsewhere)} of them " if len(elsewhere) < len(done) else ""
+            origin = f", {some}taken over from {grids_elsewhere(elsewhere)}"
         where = folder.relative_to(results).as_posix()
         lines.append(
             [
                 f"[{table.name}]({where}/table.md)",
                 table.recipe,
                 _told(describe_data(record) for record in done),
-                f"{len(done)} of {len(runs)}",
+                f"{len(done)} of {len(runs)}{origin}",
                 _told(str(seed) for cell in table.records.values() for seed in cell),
                 _told(machine(record["env"]).partition("; ")[0] for record in done),
                 _told(f"`{record['env']['commit']}`" for record in done),
             ]
         )
         versions += [machine(record["env"]).partition("; ")[2] for record in done]
-        commands.append(table.command)
+        # A run that is taken over was trained by its own grid's command, which its record has.
+        commands += [table.command] if len(elsewhere) < len(done) or not done else []
+        commands += commands_elsewhere(elsewhere)
         notes += [str(record["data"]["note"]) for record in done if record["data"].get("note")]
     parts = ["## Trained and tested here"]
     if lines:
@@ -84,43 +113,75 @@ def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _top1(results: Path) -> str:
+    rows = _fit(accuracy.store(results / COMPARED).read())
+    if not rows:
+        return ""
+    lines = [
+        [f"`{row['model']}`", row["file"], row["top1"], row["images"], row["device"] or "–", f"`{row['commit']}`"]
+        for row in rows
+    ]
+    table = pipe_table(["network", "weights", "top-1, %", "images", "device", "commit"], lines, words=2)
+    link = f"[{_TITLES['table_1']}]({COMPARED}/table_1.md)"
+    title = "## Measured here, of weights at hand"
+    return "\n\n".join([title, f"{link} has them beside the paper's.", table, f"By {_commands(rows)}."])
+
+
 def _timed(results: Path) -> str:
-    lines = []
+    lines, notes = [], []
     for path in sorted((results / TIMED).glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        told = [_told(row.get(column) or "–" for row in rows) for column in ("device", "torch", "commit")]
-        lines.append([f"[{path.stem}]({path.relative_to(results).as_posix()})", str(len(rows)), *told])
-    if not lines:
-        return ""
-    table = pipe_table(["table", "rows", "device", "torch", "commit"], lines, words=1)
-    return f"## Timed here\n\n{table}\n\nBy `python cli.py benchmark scan`, on the device that the table names."
+        lines.append(_timed_line(path.stem, path.relative_to(results), rows))
+        notes = ["The scan by `python cli.py benchmark scan`, on the device that the table names."]
+    speeds = _fit(throughput.store(results / COMPARED).read())
+    if speeds:
+        lines.append(_timed_line(_TITLES["table_6"], Path(COMPARED, "table_6.md"), speeds))
+        notes.append(f"Table 6 by {_commands(speeds)}.")
+    else:
+        notes.append(
+            "Table 6 (throughput) has not been measured yet: `python cli.py compare --measure throughput` on a GPU"
+        )
+    table = pipe_table(["table", "rows", "device", "torch", "commit"], lines, words=1) if lines else ""
+    return "\n\n".join(part for part in ("## Timed here", table, *notes) if part)
 
 
-def _compared(results: Path) -> str:
-    return _listed(
-        results,
-        COMPARED,
-        "## The paper's comparison of systems",
-        "Tables 1, 6 and 7 and Fig. 1: counts of this code beside what the paper prints.",
-    )
+def _timed_line(title: str, path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    told = [_told(row.get(column) or "–" for row in rows) for column in ("device", "torch", "commit")]
+    return [f"[{title}]({path.as_posix()})", str(len(rows)), *told]
 
 
 def _counted(results: Path) -> str:
-    return _listed(
-        results,
-        COUNTED,
-        "## Counted here, without training",
-        "Parameters and FLOPs of every row of the grids, at 1×3×224×224 with 1000 classes, beside what the paper "
-        "prints of the same networks.",
+    grids = _links(results, COUNTED, "*.md")
+    systems = _links(results, COMPARED, "table_1.md", "table_7.md", "fig_1.png")
+    parts = []
+    if grids:
+        parts.append(
+            "Parameters and FLOPs of every row of the grids, at 1×3×224×224 with 1000 classes, beside what the paper "
+            "prints of the same networks; by `python cli.py tables --all`:"
+        )
+        parts.append(grids)
+    if systems:
+        parts.append("The paper's comparison of systems, beside what it prints; by `python cli.py compare`:")
+        parts.append(systems)
+    return "\n\n".join(["## Counted here, without training", *parts]) if parts else ""
+
+
+def _links(results: Path, name: str, *patterns: str) -> str:
+    """The pages and figures of a folder that there are, with what they show."""
+    files = [path for pattern in patterns for path in sorted((results / name).glob(pattern))]
+    return "\n".join(
+        f"- [{_TITLES.get(path.stem, path.stem)}]({path.relative_to(results).as_posix()})" for path in files
     )
 
 
-def _listed(results: Path, name: str, title: str, text: str) -> str:
-    """A section that lists the pages and figures of a folder; nothing where there are none."""
-    files = sorted(path for path in (results / name).glob("*") if path.suffix in (".md", ".png"))
-    links = [f"- [{path.stem}]({path.relative_to(results).as_posix()})" for path in files]
-    return "\n\n".join([title, text, "\n".join(links)]) if links else ""
+def _fit(rows: Iterable[Row]) -> list[Row]:
+    """The kept rows that the published tables take."""
+    return [row for row in rows if row_problem(row) is None]
+
+
+def _commands(rows: Iterable[Mapping[str, str]]) -> str:
+    return _told(f"`{row['command']}`" for row in rows)
 
 
 def _told(values: Iterable[Any]) -> str:

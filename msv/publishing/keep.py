@@ -23,8 +23,8 @@ from msv.ablation.grid import GRID_FILE, read_grid_file, run_folder, with_seed
 from msv.ablation.records import RECORD_NAME, read_record
 from msv.ablation.tables import current_record, make_table
 from msv.files import write_atomic
-from msv.provenance import in_history
 from msv.publishing.chosen import add_grid_option, grid_folders
+from msv.publishing.guard import commit_problem
 from msv.publishing.index import MEASURED, write_index
 
 EPOCHS_NAME = "epochs.csv"
@@ -97,14 +97,7 @@ def keep_grid(folder: Path, measured: Path, replace: bool = False) -> Kept:
 
 def unpublishable(record: Mapping[str, Any]) -> str | None:
     """Why a finished run's record is not to be published, None if it may be."""
-    commit = (record.get("env") or {}).get("commit") or "unknown"
-    if commit == "unknown":
-        return "its commit is unknown; train in a git checkout, or with MSV_COMMIT set"
-    if commit.endswith("+dirty"):
-        return f"its commit is {commit}: files differed from it; commit them and train again"
-    if in_history(commit) is False:
-        return f"its commit {commit} is not in this repository's history; check out a branch that has it"
-    return None
+    return commit_problem((record.get("env") or {}).get("commit"), "train")
 
 
 def _runs(listed: Mapping[str, Any]) -> list[Key]:

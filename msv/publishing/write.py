@@ -1,22 +1,38 @@
 """All that is published, made again from what is kept: tables, counts, the comparison, and the index of them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from msv import comparison
 from msv.ablation.counted import write_counts
 from msv.ablation.tables import make_table
+from msv.comparison import accuracy, throughput
 from msv.files import shipped_grids
+from msv.publishing.guard import row_problem
 from msv.publishing.index import COMPARED, COUNTED, kept_folders, write_index
 
 
-def write_all(results: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Written:
+    """What came of making all that is published.
+
+    Args:
+        files: those written.
+        left_out: measured rows of the comparison that its tables do not take, each with the reason.
+    """
+
+    files: list[Path]
+    left_out: list[str]
+
+
+def write_all(results: Path) -> Written:
     """Make every table that the published records and the counts allow, the comparison, and the index.
 
     Args:
         results: folder that holds ``measured/`` and what the comparison kept, and gets the rest.
 
     Returns:
-        The files written.
+        The files written, and the measured rows left out of them because nobody can say which code measured them.
 
     Raises:
         ValueError: a published record is damaged; all other tables are written.
@@ -33,7 +49,16 @@ def write_all(results: Path) -> list[Path]:
             written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
     for file in shipped_grids():
         written += write_counts(file, results / COUNTED)
-    written += comparison.write_all(results / COMPARED)
+    written += comparison.write_all(results / COMPARED, lambda row: row_problem(row) is None)
     if problems:
         raise ValueError("; ".join(problems))
-    return [*written, write_index(results)]
+    return Written([*written, write_index(results)], _left_out(results / COMPARED))
+
+
+def _left_out(folder: Path) -> list[str]:
+    told = []
+    for store in (accuracy.store(folder), throughput.store(folder)):
+        for row in store.read():
+            if problem := row_problem(row):
+                told.append(f"{store.path}: {', '.join(store.identity(row))}: {problem}")
+    return told

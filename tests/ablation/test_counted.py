@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import pytest
 
@@ -49,3 +50,17 @@ def test_every_grid_that_compares_is_counted():
     assert {path.stem for path in shipped_grids()} == {
         "ablate_components", "ablate_scans", "compare_baseline", "controls_components", "controls_scans",
     }  # fmt: skip
+
+
+def test_a_toggle_that_cannot_act_is_not_shown():
+    (path,) = [path for path in shipped_grids() if path.stem == "controls_scans"]
+    rows = count_grid(path)
+    table = {row["cell"]: row for row in csv.DictReader(io.StringIO(render_csv(rows)))}
+    shown = {name: (row["carry_state"], row["share_half"]) for name, row in table.items()}
+    for split in (0, 3, 4):  # no two half routes beside full ones
+        assert shown[f"full_scans={split}"] == ("", "")
+    assert shown["full_scans=1"] == ("true", "true")
+    assert shown["full_scans=2,reset"] == ("false", "true")
+    assert shown["full_scans=2,separate"] == ("", "false")  # separate sets carry nothing
+    page = render_markdown("controls_scans", rows)
+    assert re.search(r"\| full_scans=4 +\| 4 +\| – +\| – +\| 8 ", page)

@@ -344,3 +344,42 @@ def test_a_toggle_called_as_a_column(tmp_path):
     make_table(tmp_path / "g" / "digits")
     row = read_csv(tmp_path / "g" / "digits")[1]
     assert (row["toggle_n"], row["n"]) == ("2", "0")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_toggle_that_cannot_act_is_not_shown(tmp_path, trained):
+    key = "model.init_args.network.init_args.carry_state"
+    grid = Grid("g", cells={"one": {SCANS: 1, key: True}, "four": {SCANS: 4, key: True}}, results=str(tmp_path))
+    config = base()
+    config["model"]["init_args"]["network"]["init_args"]["carry_state"] = True
+    runs = resolve_runs(grid, config)
+    write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
+    for run in runs if trained else ():
+        network = run.config["model"]["init_args"]["network"]
+        known = {"grid": "g", "recipe": "digits", "cell": run.cell.name, "seed": 0, "config_hash": run.config_hash}
+        write_record(run.folder / "record.json", {**known, "status": "running", "network": network})
+    folder = tmp_path / "g" / "digits"
+    text = make_table(folder).markdown.read_text()
+    assert re.search(r"\| one +\| 1 +\| true ", text)
+    assert re.search(r"\| four +\| 4 +\| – ", text)
+    assert [row["carry_state"] for row in read_csv(folder)] == ["true", ""]
+
+
+def test_runs_taken_over_say_what_trained_them(tmp_path):
+    def taken(cell):
+        command = f"python cli.py fit --config experiments/h.yaml --grid.only '[\"{cell}\"]' --grid.seeds '[0]'"
+        return {"trained_as": f"h/digits/{cell}", "command": command}
+
+    changes = {"1-0": taken("full_scans=1"), "4-0": taken("ss2d")}
+    folder = fabricate(tmp_path / "all", {1: [0.70], 4: [0.71]}, name="ablate_scans", **changes)
+    text = make_table(folder).markdown.read_text()
+    command = (
+        """python cli.py fit --config experiments/h.yaml --grid.only '["full_scans=1", "ss2d"]' --grid.seeds '[0]'"""
+    )
+    assert f"2 of 2 runs are taken over from h, where they were trained by\n\n```\n{command}\n```\n\nMade with" in text
+    assert "- **Confounded**: weight sets and parameters change with the split; see `controls_scans`\n" in text
+    folder = fabricate(tmp_path / "some", {1: [0.70], 4: [0.71]}, **{"4-0": taken("ss2d")})
+    text = make_table(folder).markdown.read_text()
+    assert "1 of 2 runs are taken over from h" in text
+    assert "\n\nTrained, and made again with the records of finished runs, by\n\n```\n" in text
+    assert "Confounded" not in text

@@ -173,7 +173,7 @@ def test_table_1_without_weights(tmp_path, where):
     assert "which is `vmamba_small` here" in page
     lines = {line["system"]: line for line in csv.DictReader(io.StringIO(render_csv(rows, where)))}
     assert (lines["Swin-T"]["params_m"], lines["Swin-T"]["paper_params_m"]) == ("28.288", "29")
-    assert (lines["ViM-T"]["params_m"], lines["ViM-T"]["commit"]) == ("", "")
+    assert (lines["ViM-T"]["params_m"], lines["ViM-T"]["torch"]) == ("", "")
     assert (lines["VMamba-B"]["params_m"], lines["VMamba-B"]["paper_params_m"]) == ("76.254", "")
 
 

@@ -33,8 +33,8 @@ def test_blocks(layers):
     assert block["vmamba_base"] == "VSS: SS2D, N=16"
 
 
-def test_pages(layers, where):
-    page = render_markdown(layers, where)
+def test_pages(layers):
+    page = render_markdown(layers)
     assert "*MS3×9; conv 2×2, 768, stride 2*" in page
     assert "MS3×9; patch merging 2×2, 768 " in page
     (line,) = [line for line in csv.DictReader(io.StringIO(render_csv(layers))) if line["layer"] == "stage 3"]

@@ -36,7 +36,7 @@ def make_grid():
 @pytest.fixture
 def results(tmp_path, monkeypatch, make_grid):
     """A results folder with one published grid and a benchmark."""
-    monkeypatch.setattr("msv.publishing.keep.in_history", lambda commit: True)
+    monkeypatch.setattr("msv.publishing.guard.in_history", lambda commit: True)
     keep_grid(make_grid(tmp_path), tmp_path / "measured")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "scan.csv").write_text(

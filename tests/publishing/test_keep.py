@@ -9,7 +9,7 @@ from msv.ablation.grid import read_grid_file, resolve_runs, write_grid_file
 from msv.ablation.records import write_record
 from msv.ablation.tables import make_table
 from msv.grid_section import Grid
-from msv.publishing import keep
+from msv.publishing import guard, keep
 from msv.publishing.keep import keep_grid, main
 
 LR = "model.init_args.lr"
@@ -20,7 +20,7 @@ COMMIT = "0123456789ab"
 def history(monkeypatch):
     """Stands for the repository's: the commits it has."""
     commits = {COMMIT}
-    monkeypatch.setattr(keep, "in_history", lambda commit: commit in commits)
+    monkeypatch.setattr(guard, "in_history", lambda commit: commit in commits)
     return commits
 
 

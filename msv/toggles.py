@@ -1,0 +1,18 @@
+"""Which toggles of MSVMamba can act beside the others; nothing here needs torch, so that tables can ask, too."""
+
+
+def idle_toggles(full_scans: int, share_half: bool = True) -> frozenset[str]:
+    """The toggles that change nothing of a network.
+
+    Args:
+        full_scans: routes at full resolution, of four.
+        share_half: whether half routes have one weight set.
+    """
+    idle = set()
+    if full_scans not in (1, 2):  # no two half routes beside full ones: nothing to share, no seam
+        idle |= {"share_half", "carry_state"}
+    if not share_half:  # separate weight sets never carry a state
+        idle.add("carry_state")
+    if full_scans in (0, 4):  # one branch
+        idle.add("separate_norms")
+    return frozenset(idle)
