@@ -22,6 +22,7 @@ from .triton_tiles import (
     multiprocessors,
     sigmoid,
     softplus,
+    spread,
     stack,
     sum_channels,
     unstack,
@@ -32,8 +33,8 @@ from .triton_tiles import (
 VECTORS = (8, 4)
 """Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
 
-# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of 8, of 4, another
-# (and, once, the summaries, where few long sequences come).
+# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of T, of 8, of 4,
+# another (and, once, the summaries, where few long sequences come).
 _SIZES = ["L", "tiles", "groups", "chunks", "chunk_tiles"]
 
 
@@ -48,11 +49,11 @@ def load_tile(row_ptr, t0, L, mask, C: tl.constexpr, T: tl.constexpr, V: tl.cons
 
 
 @triton.jit
-def unpack(parts, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """What `load_tile` returns as T vectors (C,), in float32."""
+def unpack(parts, tile: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """A tile of what `load_tile` returns, as T vectors (C,) in float32."""
     found = ()
     for part in tl.static_range(T // V):
-        columns = unstack(parts[part], C, V)
+        columns = unstack(parts[tile * (T // V) + part], C, V)
         for t in tl.static_range(V):
             found = found + (columns[t].to(tl.float32),)
     return found
@@ -71,13 +72,11 @@ def store_tile(row_ptr, t0, L, columns, mask, C: tl.constexpr, T: tl.constexpr, 
 
 
 @triton.jit
-def load_line(line_ptr, t0, L, T: tl.constexpr, V: tl.constexpr):
-    """T steps of one row, as T vectors (1,). Zeros behind the end."""
-    found = ()
-    for part in tl.static_range(T // V):
-        t = t0 + part * V + tl.arange(0, V)
-        found = found + unstack(tl.load(line_ptr + t, mask=t < L, other=0.0), 1, V)
-    return found
+def load_BC(B_ptr, C_ptr, t0, L, T: tl.constexpr):
+    """B and C of one state in T steps, (T, 2), as `spread` takes them. Zeros behind the end."""
+    t = t0 + tl.arange(0, T)[:, None]
+    at = tl.where(tl.arange(0, 2)[None, :] == 0, B_ptr, C_ptr) + t
+    return tl.load(at, mask=t < L, other=0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -111,13 +110,14 @@ def scan_1d_forward(
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
     SUMMARY: tl.constexpr,
+    FULL: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Forward; or, as SUMMARY, what each chunk makes of a zero state, and its sum of Δ.
 
     Args:
         u_ptr, delta_ptr, z_ptr, y_ptr: (B, groups * D, L), D channels a group.
-        A_ptr: (groups * D, N).
+        A_ptr: (N, groups * D).
         B_ptr, C_ptr: (B, groups, N, L).
         D_ptr, bias_ptr: (groups * D,).
         last_ptr: the state behind the end, (B, groups * D, N).
@@ -147,9 +147,11 @@ def scan_1d_forward(
     z_ptr += rows
     y_ptr += rows
     line = (b * groups + group) * N * L
+    B_ptr += line
+    C_ptr += line
     saved_ptr += b * (tiles - 1) * N * channels + d
     starts_ptr += (b * chunks + chunk) * N * channels + d
-    A_ptr += d * N
+    A_ptr += d
     skip = tl.zeros((C,), tl.float32)
     bias = tl.zeros((C,), tl.float32)
     if HAS_D:
@@ -163,63 +165,73 @@ def scan_1d_forward(
         if not SUMMARY:
             h = tl.load(starts_ptr, mask=in_group < tl.where(chunks > 1, D, 0), other=0.0)
 
-    us = load_tile(u_ptr, i0 * T, L, mask, C, T, V)
-    raws = load_tile(delta_ptr, i0 * T, L, mask, C, T, V)
-    for i in range(i0, i1):
-        t0 = i * T
-        if N == 1:
-            Bs = load_line(B_ptr + line, t0, L, T, V)
-            Cs = load_line(C_ptr + line, t0, L, T, V)
-        next_us = load_tile(u_ptr, t0 + T, L, mask, C, T, V)
-        next_raws = load_tile(delta_ptr, t0 + T, L, mask, C, T, V)
-
-        # Behind the end Δ = 0, which leaves the state as it is.
-        wide_us = unpack(us, C, T, V)
-        wide_raws = unpack(raws, C, T, V)
-        steps = ()
-        inputs = ()
-        ys = ()
-        for t in tl.static_range(T):
-            step = wide_raws[t] + bias
-            if SOFTPLUS:
-                step = softplus(step, EXACT)
-            step = tl.where(t < L - t0, step, 0.0)
-            steps = steps + (step,)
-            inputs = inputs + (step * wide_us[t],)
-            ys = ys + (skip * wide_us[t],)
-            reach += step
-        if N == 1:
-            ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
-            if not SUMMARY:
-                if i + 1 < tiles:
-                    tl.store(saved_ptr + i * channels, h, mask=mask)
-        else:
-            for n in range(0, N):
-                A2 = tl.load(A_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-                before = tl.where(i > i0, saved_ptr + ((i - 1) * N + n) * channels, starts_ptr + n * channels)
-                known = i > i0
-                if not SUMMARY:
-                    known = known | (chunks > 1)
-                h = tl.load(before, mask=in_group < tl.where(known, D, 0), other=0.0)
-                Bs = load_line(B_ptr + line + n * L, t0, L, T, V)
-                Cs = load_line(C_ptr + line + n * L, t0, L, T, V)
-                ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
-                if i + 1 < tiles:
-                    tl.store(saved_ptr + (i * N + n) * channels, h, mask=mask)
-                if SUMMARY:
-                    if i + 1 == i1:
-                        tl.store(starts_ptr + n * channels, h, mask=mask)
-                elif i + 1 == tiles:
-                    tl.store(last_ptr + (b * channels + d) * N + n, h, mask=mask)
-            tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
-        if not SUMMARY:
-            if HAS_Z:
-                zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), C, T, V)
-                gated = ()
+    AT_ONCE: tl.constexpr = 2 if N == 1 else 1  # tiles: longer reads of a row, and earlier
+    us = load_tile(u_ptr, i0 * T, L, mask, C, AT_ONCE * T, V)
+    raws = load_tile(delta_ptr, i0 * T, L, mask, C, AT_ONCE * T, V)
+    for first in range(i0, i1, AT_ONCE):
+        next_us = load_tile(u_ptr, (first + AT_ONCE) * T, L, mask, C, AT_ONCE * T, V)
+        next_raws = load_tile(delta_ptr, (first + AT_ONCE) * T, L, mask, C, AT_ONCE * T, V)
+        for tile in tl.static_range(AT_ONCE):
+            i = first + tile
+            t0 = i * T
+            if (tile == 0) | (i < i1):
+                BC = load_BC(B_ptr, C_ptr, t0, L, T)
+                # Behind the end Δ = 0, which leaves the state as it is.
+                wide_us = unpack(us, tile, C, T, V)
+                wide_raws = unpack(raws, tile, C, T, V)
+                steps = ()
+                inputs = ()
+                ys = ()
                 for t in tl.static_range(T):
-                    gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
-                ys = gated
-            store_tile(y_ptr, t0, L, ys, mask, C, T, V)
+                    step = wide_raws[t] + bias
+                    if SOFTPLUS:
+                        step = softplus(step, EXACT)
+                    if not FULL:
+                        step = tl.where(t < L - t0, step, 0.0)
+                    steps = steps + (step,)
+                    inputs = inputs + (step * wide_us[t],)
+                    ys = ys + (skip * wide_us[t],)
+                    reach += step
+                if N == 1:
+                    Bs, Cs = spread(BC, T)
+                    ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
+                    if not SUMMARY:
+                        if i + 1 < tiles:
+                            tl.store(saved_ptr + i * channels, h, mask=mask)
+                else:
+                    # What state 0 begins the tile with, and what the others do while the one before is computed.
+                    known = i > i0
+                    if not SUMMARY:
+                        known = known | (chunks > 1)
+                    known = in_group < tl.where(known, D, 0)
+                    began = tl.where(i > i0, saved_ptr + (i - 1) * N * channels, starts_ptr)
+                    h = tl.load(began, mask=known, other=0.0)
+                    A2 = tl.load(A_ptr, mask=mask, other=0.0)
+                    for n in range(0, N):
+                        Bs, Cs = spread(BC, T)
+                        rate = A2.to(tl.float32) * LOG2_E
+                        before = h
+                        next_n = tl.minimum(n + 1, N - 1)
+                        BC = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
+                        h = tl.load(began + next_n * channels, mask=known, other=0.0)
+                        A2 = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
+                        ys, after = walk_forward(steps, inputs, Bs, Cs, rate, before, ys, T)
+                        if i + 1 < tiles:
+                            tl.store(saved_ptr + (i * N + n) * channels, after, mask=mask)
+                        if SUMMARY:
+                            if i + 1 == i1:
+                                tl.store(starts_ptr + n * channels, after, mask=mask)
+                        elif i + 1 == tiles:
+                            tl.store(last_ptr + (b * channels + d) * N + n, after, mask=mask)
+                    tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from others
+                if not SUMMARY:
+                    if HAS_Z:
+                        zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), 0, C, T, V)
+                        gated = ()
+                        for t in tl.static_range(T):
+                            gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
+                        ys = gated
+                    store_tile(y_ptr, t0, L, ys, mask, C, T, V)
         us = next_us
         raws = next_raws
     if SUMMARY:
@@ -268,6 +280,7 @@ def scan_1d_backward(
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
     SUMMARY: tl.constexpr,
+    FULL: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -306,13 +319,15 @@ def scan_1d_backward(
     ddelta_ptr += rows
     dz_ptr += rows
     line = (b * groups + group) * N * L
+    B_ptr += line
+    C_ptr += line
     batch = tl.num_programs(0) // BLOCKS // groups // chunks
     part = ((block * batch + b) * groups + group) * N * L
     saved_ptr += b * (tiles - 1) * N * channels + d
     row = b * chunks + chunk
     ends_ptr += row * N * channels + d
     dA_ptr += row * N * channels + d
-    A_ptr += d * N
+    A_ptr += d
     skip = tl.zeros((C,), tl.float32)
     bias = tl.zeros((C,), tl.float32)
     if HAS_D:
@@ -324,8 +339,7 @@ def scan_1d_backward(
     dA = tl.zeros((C,), tl.float32)
     dbias = tl.zeros((C,), tl.float32)
     dskip = tl.zeros((C,), tl.float32)
-    steps_of_tile = tl.arange(0, T)
-    first_column = (tl.arange(0, 8) == 0)[None, :]
+    eight = tl.arange(0, 8)[None, :]
     if N == 1:
         A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
         if not SUMMARY:
@@ -337,20 +351,21 @@ def scan_1d_backward(
     for back in range(0, i1 - i0):
         i = i1 - 1 - back
         t0 = i * T
-        if N == 1:
-            Bs = load_line(B_ptr + line, t0, L, T, V)
-            Cs = load_line(C_ptr + line, t0, L, T, V)
-        before = tl.maximum(i - 1, 0) * T
-        next_us = load_tile(u_ptr, before, L, mask, C, T, V)
-        next_raws = load_tile(delta_ptr, before, L, mask, C, T, V)
-        next_dys = load_tile(dy_ptr, before, L, mask, C, T, V)
+        following = tl.maximum(i - 1, 0) * T
+        next_us = load_tile(u_ptr, following, L, mask, C, T, V)
+        next_raws = load_tile(delta_ptr, following, L, mask, C, T, V)
+        next_dys = load_tile(dy_ptr, following, L, mask, C, T, V)
+        BC = load_BC(B_ptr, C_ptr, t0, L, T)
+        began = saved_ptr + (i - 1) * N * channels
+        known = in_group < tl.where(i > 0, D, 0)
+        h = tl.load(began, mask=known, other=0.0)
 
         # Behind the end Δ = 0 and dy = 0: nothing comes from there, and an adjoint passes through.
-        wide_us = unpack(us, C, T, V)
-        wide_raws = unpack(raws, C, T, V)
-        wide_dys = unpack(dys, C, T, V)
+        wide_us = unpack(us, 0, C, T, V)
+        wide_raws = unpack(raws, 0, C, T, V)
+        wide_dys = unpack(dys, 0, C, T, V)
         if HAS_Z:
-            zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), C, T, V)
+            zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), 0, C, T, V)
             gated = ()
             for t in tl.static_range(T):
                 gated = gated + (wide_dys[t] * zs[t] * tl.sigmoid(zs[t]),)
@@ -365,7 +380,8 @@ def scan_1d_backward(
             step = wide_raws[t] + bias
             if SOFTPLUS:
                 step = softplus(step, EXACT)
-            step = tl.where(t < L - t0, step, 0.0)
+            if not FULL:
+                step = tl.where(t < L - t0, step, 0.0)
             steps = steps + (step,)
             inputs = inputs + (step * wide_us[t],)
             ys = ys + (skip * wide_us[t],)
@@ -373,37 +389,54 @@ def scan_1d_backward(
             dsteps = dsteps + (tl.zeros((C,), tl.float32),)
             reach += step
             dskip += wide_dys[t] * wide_us[t]
-        t = t0 + steps_of_tile
-        to = part + t[:, None] + tl.zeros((1, 8), tl.int32)
-        to_mask = first_column & (t < L)[:, None]
+        dBs = tl.zeros((T, 8), tl.float32)
+        dCs = tl.zeros((T, 8), tl.float32)
+        t = t0 + tl.arange(0, T)[:, None]
         if N == 1:
-            h = tl.load(saved_ptr + (i - 1) * channels, mask=in_group < tl.where(i > 0, D, 0), other=0.0)
+            Bs, Cs = spread(BC, T)
             s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, T
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, FULL, T
             )
             dA += dA_tile
             if not SUMMARY:
-                tl.store(dB_ptr + to, sum_channels(into_B, C, T, PRECISION), mask=to_mask)
-                tl.store(dC_ptr + to, sum_channels(into_C, C, T, PRECISION), mask=to_mask)
+                dBs = sum_channels(into_B, dBs, 0, C, T, PRECISION)
+                dCs = sum_channels(into_C, dCs, 0, C, T, PRECISION)
+                to_mask = (t < L) & (eight == 0)
+                tl.store(dB_ptr + part + t + eight, dBs, mask=to_mask)
+                tl.store(dC_ptr + part + t + eight, dCs, mask=to_mask)
         else:
+            s = tl.load(ends_ptr, mask=mask, other=0.0)
+            A2 = tl.load(A_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                A2 = tl.load(A_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-                state = saved_ptr + ((i - 1) * N + n) * channels
-                h = tl.load(state, mask=in_group < tl.where(i > 0, D, 0), other=0.0)
-                s = tl.load(ends_ptr + n * channels, mask=mask, other=0.0)
+                Bs, Cs = spread(BC, T)
+                rate = A2.to(tl.float32) * LOG2_E
+                before = h
+                behind = s
                 if SUMMARY:
-                    s = tl.where(back > 0, s, 0.0)
-                Bs = load_line(B_ptr + line + n * L, t0, L, T, V)
-                Cs = load_line(C_ptr + line + n * L, t0, L, T, V)
-                s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, T
+                    behind = tl.where(back > 0, s, 0.0)
+                else:
+                    dA_before = tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
+                h = tl.load(began + next_n * channels, mask=known, other=0.0)
+                s = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
+                A2 = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
+                through, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
+                    steps, inputs, Bs, Cs, wide_dys, rate, before, behind, ys, dinputs, dsteps, L - t0, FULL, T
                 )
-                tl.store(ends_ptr + n * channels, s, mask=mask)
+                tl.store(ends_ptr + n * channels, through, mask=mask)
                 if not SUMMARY:
-                    dA_tile += tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
-                    tl.store(dA_ptr + n * channels, dA_tile, mask=mask)
-                    tl.store(dB_ptr + n * L + to, sum_channels(into_B, C, T, PRECISION), mask=to_mask)
-                    tl.store(dC_ptr + n * L + to, sum_channels(into_C, C, T, PRECISION), mask=to_mask)
+                    tl.store(dA_ptr + n * channels, dA_before + dA_tile, mask=mask)
+                    dBs = sum_channels(into_B, dBs, n % 8, C, T, PRECISION)
+                    dCs = sum_channels(into_C, dCs, n % 8, C, T, PRECISION)
+                    if (n % 8 == 7) | (n == N - 1):
+                        state = n // 8 * 8 + eight
+                        to = part + state.to(tl.int64) * L + t
+                        to_mask = (t < L) & (state < N)
+                        tl.store(dB_ptr + to, dBs, mask=to_mask)
+                        tl.store(dC_ptr + to, dCs, mask=to_mask)
+                        dBs = tl.zeros((T, 8), tl.float32)
+                        dCs = tl.zeros((T, 8), tl.float32)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             dus = ()
@@ -414,7 +447,8 @@ def scan_1d_backward(
                 draw = wide_us[t] * dinputs[t] + dsteps[t]
                 if SOFTPLUS:
                     draw *= sigmoid(wide_raws[t] + bias, steps[t])
-                draw = tl.where(t < L - t0, draw, 0.0)
+                if not FULL:
+                    draw = tl.where(t < L - t0, draw, 0.0)
                 dbias += draw
                 draws = draws + (draw,)
                 if HAS_Z:
@@ -455,6 +489,7 @@ def selective_scan(
     d_state = A.shape[1]
     with torch.cuda.device_of(u):
         tiles = -(-length // STEPS)
+        by_state = A.mT.contiguous()
         chunks, starts, reach = _cut(u, B.shape[1], d_state)
         y, last = torch.empty_like(u), u.new_empty(batch, channels, d_state, dtype=torch.float32)
         saved = u.new_empty(batch, tiles - 1, d_state, channels, dtype=torch.float32)
@@ -463,7 +498,7 @@ def selective_scan(
             scan_1d_forward[_grid(u, B.shape[1], chunks)](
                 u,
                 delta,
-                A,
+                by_state,
                 B,
                 C,
                 u if D is None else D,
@@ -478,6 +513,7 @@ def selective_scan(
                 **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
                 SUMMARY=summary,
                 num_warps=1,
+                num_stages=1,
             )
 
         if chunks.count > 1:
@@ -507,6 +543,7 @@ def selective_scan_backward(
     groups, d_state = B.shape[1], A.shape[1]
     blocks = triton.cdiv(channels // groups, CHANNELS)
     with torch.cuda.device_of(u):
+        by_state = A.mT.contiguous()
         chunks, ends, reach = _cut(u, groups, d_state)
         # A copy whatever its shape, because the kernel uses it up.
         initial = None if dlast is None else dlast.mT.to(torch.float32, copy=True).contiguous()
@@ -522,7 +559,7 @@ def selective_scan_backward(
                 dy,
                 u,
                 delta,
-                A,
+                by_state,
                 B,
                 C,
                 u if D is None else D,
@@ -544,6 +581,7 @@ def selective_scan_backward(
                 SUMMARY=summary,
                 PRECISION=matrix_precision(u, delta, B, C),
                 num_warps=1,
+                num_stages=1,
             )
 
         if chunks.count > 1:
@@ -632,6 +670,7 @@ def _constants(
         "HAS_BIAS": delta_bias is not None,
         "SOFTPLUS": delta_softplus,
         "ALIGNED": u.shape[2] % vector == 0,
+        "FULL": u.shape[2] % STEPS == 0,
         "EXACT": torch.float32 in (u.dtype, delta.dtype, B.dtype, C.dtype),
     }
 

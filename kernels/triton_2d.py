@@ -19,16 +19,17 @@ from torch import Tensor
 from .routes import route_order, sequences
 from .triton_tiles import (
     CHANNELS,
+    INTERPRETED,
     LOG2_E,
     STEPS,
     Chunks,
     carry_chunks,
     cut,
-    load_steps,
     matrix_precision,
     multiprocessors,
     sigmoid,
     softplus,
+    spread,
     stack,
     sum_channels,
     unstack,
@@ -36,12 +37,9 @@ from .triton_tiles import (
     walk_forward,
 )
 
-# A new image size is a new value of these, and compiles nothing (but, once, the summaries, where few long sequences
-# come).
+# A new image size is a new value of these, and compiles nothing but the first of its kind: of H·W a multiple of T, or
+# not (and, once, the summaries, where few long sequences come).
 _SIZES = ["L", "slots", "routes", "sequences", "chunks", "chunk_tiles"]
-
-# The interpreter multiplies bf16 matrices wrongly.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -50,7 +48,7 @@ def project(low, w_hi, w_lo, bias, C: tl.constexpr, T: tl.constexpr):
 
     A 16-bit low multiplies the weight in two parts of its own kind, which hold it to 2^-17 (bf16) or 2^-22 (fp16).
     """
-    if INTERPRETED:
+    if INTERPRETED:  # the interpreter multiplies bf16 matrices wrongly
         raw = tl.dot(low.to(tl.float32), w_hi.to(tl.float32))
         if low.dtype != tl.float32:
             raw += tl.dot(low.to(tl.float32), w_lo.to(tl.float32))
@@ -105,9 +103,16 @@ def store_rows(base, table_ptr, d, columns, rest, D: tl.constexpr, C: tl.constex
 
 
 @triton.jit
-def load_positions(table_ptr, T: tl.constexpr):
-    """A tile of a table of positions, as a tuple of T vectors (1,)."""
-    return unstack(tl.load(table_ptr + tl.arange(0, T)), 1, T)
+def state_rows(p_ptr, positions_ptr, stride: tl.constexpr, R: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
+    """Pointers to B and C of the first state in a tile's steps, (T, 2)."""
+    at = tl.load(positions_ptr + tl.arange(0, T)).to(tl.int64)
+    return p_ptr + (at[:, None] * stride + (R + N * tl.arange(0, 2))[None, :])
+
+
+@triton.jit
+def decay_rate(A_log):
+    """A * log2(e), where A = -exp(A_log)."""
+    return -tl.exp2(A_log.to(tl.float32) * LOG2_E) * LOG2_E
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -149,7 +154,7 @@ def scan_2d_forward(
         positions_ptr: on the map, of each step of each sequence, the last one repeated up to the end of its tile.
         places_ptr: the same in (routes, L), where outputs and their gradients lie.
         plan_ptr: first tile, number of steps, weight set of each sequence, (sequences, 3).
-        weight_ptr, bias_ptr, A_log_ptr, skip_ptr: (S, D, R), (S, D), (S, D, N), (S, D).
+        weight_ptr, bias_ptr, A_log_ptr, skip_ptr: (S, D, R), (S, D), (S, N, D), (S, D).
         y_ptr: (B, routes, L, D).
         saved_ptr: states after each tile of a sequence but its last, (B, slots, N, D).
         starts_ptr: states with which chunks begin, (B, sequences, chunks, N, D); as SUMMARY, those they make of zero.
@@ -173,7 +178,6 @@ def scan_2d_forward(
         return
 
     mask = d < D
-    one = tl.arange(0, 1)
     r = tl.arange(0, RP)
     x_ptr += b * L * D
     p_ptr += b * L * (S * W) + weights * W
@@ -182,7 +186,7 @@ def scan_2d_forward(
     places_ptr += first_tile * T
     saved_ptr += (b * slots + first_tile - sequence) * N * D + d
     starts_ptr += row.to(tl.int64) * N * D + d
-    A_log_ptr += (weights * D + d) * N
+    A_log_ptr += weights * N * D + d
     bias = tl.load(bias_ptr + weights * D + d, mask=mask, other=0.0).to(tl.float32)
     skip = tl.load(skip_ptr + weights * D + d, mask=mask, other=0.0).to(tl.float32)
     w_hi, w_lo = load_weight(
@@ -193,23 +197,20 @@ def scan_2d_forward(
     h = tl.zeros((C,), tl.float32)
     reach = tl.zeros((C,), tl.float32)
     if N == 1:
-        A2 = -tl.exp2(tl.load(A_log_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
+        A2 = decay_rate(tl.load(A_log_ptr, mask=mask, other=0.0))
         if not SUMMARY:
             h = tl.load(starts_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
-    at = load_positions(positions_ptr + i0 * T, T)
     x_tile = load_rows(x_ptr, positions_ptr + i0 * T, d, T, D, T)
+    BC = tl.load(state_rows(p_ptr, positions_ptr + i0 * T, S * W, R, N, T))
     raws = project(load_low(p_ptr, positions_ptr + i0 * T, S * W, R, RP, T), w_hi, w_lo, bias, C, T)
     state_ptr = saved_ptr + i0.to(tl.int64) * (N * D)  # what is saved behind tile i
     for i in range(i0, i1):
         # The next tile's loads; behind the last one, the last one's again.
         following = positions_ptr + tl.minimum(i + 1, i1 - 1) * T
-        next_at = load_positions(following, T)
         next_x = load_rows(x_ptr, following, d, T, D, T)
-        low = load_low(p_ptr, following, S * W, R, RP, T)
-        if N == 1:
-            Bs = load_steps(p_ptr + R + one, at, S * W, T)
-            Cs = load_steps(p_ptr + R + 1 + one, at, S * W, T)
+        next_low = load_low(p_ptr, following, S * W, R, RP, T)
+        next_BC = tl.load(state_rows(p_ptr, following, S * W, R, N, T))
 
         xs = unstack(x_tile.trans(), C, T)
         steps = ()
@@ -223,32 +224,41 @@ def scan_2d_forward(
             ys = ys + (skip * x,)
             reach += step
         if N == 1:
+            Bs, Cs = spread(BC, T)
             ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
             if not SUMMARY:
                 if i + 1 < end:
                     tl.store(state_ptr, h, mask=mask)
         else:
+            # What state 0 begins the tile with, and what the others do while the one before is computed.
+            known = i > i0
+            if not SUMMARY:
+                known = known | (chunks > 1)
+            began = tl.where(i > i0, state_ptr - N * D, starts_ptr)
+            known = d < tl.where(known, D, 0)
+            h = tl.load(began, mask=known, other=0.0)
+            A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
+            states = state_rows(p_ptr, positions_ptr + i * T, S * W, R, N, T)
             for n in range(0, N):
-                A2 = -tl.exp2(tl.load(A_log_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
-                before = tl.where(i > i0, state_ptr + (n - N) * D, starts_ptr + n * D)
-                known = i > i0
-                if not SUMMARY:
-                    known = known | (chunks > 1)
-                h = tl.load(before, mask=d < tl.where(known, D, 0), other=0.0)
-                Bs = load_steps(p_ptr + R + n + one, at, S * W, T)
-                Cs = load_steps(p_ptr + R + N + n + one, at, S * W, T)
-                ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
+                Bs, Cs = spread(BC, T)
+                A2 = decay_rate(A_log)
+                before = h
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = tl.load(states + next_n)
+                h = tl.load(began + next_n * D, mask=known, other=0.0)
+                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                ys, after = walk_forward(steps, inputs, Bs, Cs, A2, before, ys, T)
                 if i + 1 < end:
-                    tl.store(state_ptr + n * D, h, mask=mask)
+                    tl.store(state_ptr + n * D, after, mask=mask)
                 if SUMMARY:
                     if i + 1 == i1:
-                        tl.store(starts_ptr + n * D, h, mask=mask)
+                        tl.store(starts_ptr + n * D, after, mask=mask)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             store_rows(y_ptr, places_ptr + i * T, d, ys, length - i * T, D, C, T)
-        raws = project(low, w_hi, w_lo, bias, C, T)
+        raws = project(next_low, w_hi, w_lo, bias, C, T)
         x_tile = next_x
-        at = next_at
+        BC = next_BC
         state_ptr += N * D
     if SUMMARY:
         tl.store(reach_ptr + row.to(tl.int64) * D + d, reach, mask=mask)
@@ -293,6 +303,7 @@ def scan_2d_backward(
     SUMMARY: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Backward; or, as SUMMARY, the adjoint that each chunk makes of a zero one behind it, and its sum of Δ.
 
@@ -324,7 +335,6 @@ def scan_2d_backward(
         return
 
     mask = d < D
-    one = tl.arange(0, 1)
     r = tl.arange(0, RP)
     steps_of_tile = tl.arange(0, T)
     wide_row = row.to(tl.int64)
@@ -339,7 +349,7 @@ def scan_2d_backward(
     saved_ptr += (b * slots + first_tile - sequence) * N * D + d
     ends_ptr += wide_row * N * D + d
     dA_ptr += wide_row * N * D + d
-    A_log_ptr += (weights * D + d) * N
+    A_log_ptr += weights * N * D + d
     bias = tl.load(bias_ptr + weights * D + d, mask=mask, other=0.0).to(tl.float32)
     skip = tl.load(skip_ptr + weights * D + d, mask=mask, other=0.0).to(tl.float32)
     weight_at = weight_ptr + (weights * D + d)[None, :] * R + r[:, None]
@@ -355,7 +365,7 @@ def scan_2d_backward(
     dskip = tl.zeros((C,), tl.float32)
     dweight = tl.zeros((C, RP), tl.float32)
     if N == 1:
-        A2 = -tl.exp2(tl.load(A_log_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
+        A2 = decay_rate(tl.load(A_log_ptr, mask=mask, other=0.0))
         if not SUMMARY:
             s = tl.load(ends_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
@@ -375,10 +385,10 @@ def scan_2d_backward(
         xs = unstack(x_tile.trans(), C, T)
         dys = unstack(dy_tile.trans(), C, T)
         next_low = load_low(p_ptr, positions_ptr + following, S * W, R, RP, T)
-        at = load_positions(positions_ptr + i * T, T)
-        if N == 1:
-            Bs = load_steps(p_ptr + R + one, at, S * W, T)
-            Cs = load_steps(p_ptr + R + 1 + one, at, S * W, T)
+        states = state_rows(p_ptr, positions_ptr + i * T, S * W, R, N, T)
+        BC = tl.load(states)
+        known = d < tl.where(i > 0, D, 0)
+        h = tl.load(state_ptr, mask=known, other=0.0)
 
         wide_dys = ()
         steps = ()
@@ -398,35 +408,53 @@ def scan_2d_backward(
             dskip += dy * x
         dp_rows = dp_ptr + tl.load(places_ptr + i * T + steps_of_tile).to(tl.int64) * W
         in_route = steps_of_tile < length - i * T
-        dp_column = dp_rows[:, None] + tl.zeros((1, 8), tl.int32)
-        first_column = in_route[:, None] & (tl.arange(0, 8) == 0)[None, :]
+        eight = tl.arange(0, 8)
+        rest = length - i * T
         if N == 1:
-            h = tl.load(state_ptr, mask=d < tl.where(i > 0, D, 0), other=0.0)
+            Bs, Cs = spread(BC, T)
             s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, length - i * T, T
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, rest, FULL, T
             )
             dA += dA_tile
             if not SUMMARY:
-                tl.store(dp_column + R, sum_channels(into_B, C, T, PRECISION), mask=first_column)
-                tl.store(dp_column + R + 1, sum_channels(into_C, C, T, PRECISION), mask=first_column)
+                sums = sum_channels(into_B, tl.zeros((T, 8), tl.float32), 0, C, T, PRECISION)
+                sums = sum_channels(into_C, sums, 1, C, T, PRECISION)
+                columns_done = in_route[:, None] & (eight < 2)[None, :]
+                tl.store(dp_rows[:, None] + (R + eight)[None, :], sums, mask=columns_done)
         else:
+            dBs = tl.zeros((T, 8), tl.float32)
+            dCs = tl.zeros((T, 8), tl.float32)
+            s = tl.load(ends_ptr, mask=mask, other=0.0)
+            A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                A2 = -tl.exp2(tl.load(A_log_ptr + n, mask=mask, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
-                h = tl.load(state_ptr + n * D, mask=d < tl.where(i > 0, D, 0), other=0.0)
-                s = tl.load(ends_ptr + n * D, mask=mask, other=0.0)
+                Bs, Cs = spread(BC, T)
+                A2 = decay_rate(A_log)
+                before = h
+                behind = s
                 if SUMMARY:
-                    s = tl.where(back > 0, s, 0.0)
-                Bs = load_steps(p_ptr + R + n + one, at, S * W, T)
-                Cs = load_steps(p_ptr + R + N + n + one, at, S * W, T)
-                s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, length - i * T, T
+                    behind = tl.where(back > 0, s, 0.0)
+                else:
+                    dA_before = tl.load(dA_ptr + n * D, mask=mask, other=0.0)
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = tl.load(states + next_n)
+                h = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
+                s = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
+                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                through, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
+                    steps, inputs, Bs, Cs, wide_dys, A2, before, behind, wide_dys, dinputs, dsteps, rest, FULL, T
                 )
-                tl.store(ends_ptr + n * D, s, mask=mask)
+                tl.store(ends_ptr + n * D, through, mask=mask)
                 if not SUMMARY:
-                    dA_tile += tl.load(dA_ptr + n * D, mask=mask, other=0.0)
-                    tl.store(dA_ptr + n * D, dA_tile, mask=mask)
-                    tl.store(dp_column + R + n, sum_channels(into_B, C, T, PRECISION), mask=first_column)
-                    tl.store(dp_column + R + N + n, sum_channels(into_C, C, T, PRECISION), mask=first_column)
+                    tl.store(dA_ptr + n * D, dA_before + dA_tile, mask=mask)
+                    dBs = sum_channels(into_B, dBs, n % 8, C, T, PRECISION)
+                    dCs = sum_channels(into_C, dCs, n % 8, C, T, PRECISION)
+                    if (n % 8 == 7) | (n == N - 1):
+                        first = n // 8 * 8
+                        columns_done = in_route[:, None] & (first + eight < N)[None, :]
+                        tl.store(dp_rows[:, None] + (R + first + eight)[None, :], dBs, mask=columns_done)
+                        tl.store(dp_rows[:, None] + (R + N + first + eight)[None, :], dCs, mask=columns_done)
+                        dBs = tl.zeros((T, 8), tl.float32)
+                        dCs = tl.zeros((T, 8), tl.float32)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
@@ -491,11 +519,12 @@ def selective_scan_2d(
 ) -> tuple[Tensor, Tensor]:
     """As `parallel.selective_scan_2d`."""
     tensors = [t.contiguous() for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip)]
-    x, A_log = tensors[0], tensors[4]
+    x, x_dbl, dt_weight, dt_bias, A_log, D_skip = tensors
     batch, height, width, channels = x.shape
     d_state = A_log.shape[2]
     with torch.cuda.device_of(x):
         plan = _plan(tuple(routes), carry_state, height, width, x.device)
+        by_state = A_log.mT.contiguous()
         out = x.new_empty(batch, len(routes), height, width, channels)
         saved = x.new_empty(saved_numel_2d(x.shape, d_state, routes, carry_state), dtype=torch.float32)
         chunks, starts, reach = _cut(plan, x, d_state)
@@ -503,12 +532,15 @@ def selective_scan_2d(
         def launch(summary: bool) -> None:
             grid = (batch * len(plan.sets) * chunks.count * triton.cdiv(channels, CHANNELS),)
             scan_2d_forward[grid](
-                tensors[0],
-                tensors[1],
+                x,
+                x_dbl,
                 plan.positions,
                 plan.places,
                 plan.sequences,
-                *tensors[2:],
+                dt_weight,
+                dt_bias,
+                by_state,
+                D_skip,
                 out,
                 saved,
                 starts,
@@ -517,6 +549,7 @@ def selective_scan_2d(
                 **_constants(x, x_dbl, dt_weight, d_state),
                 SUMMARY=summary,
                 num_warps=1,
+                num_stages=1,
             )
 
         if chunks.count > 1:
@@ -547,6 +580,7 @@ def selective_scan_2d_backward(
     blocks = triton.cdiv(channels, CHANNELS)
     with torch.cuda.device_of(x):
         plan = _plan(tuple(routes), carry_state, height, width, x.device)
+        by_state = A_log.mT.contiguous()
         chunks, ends, reach = _cut(plan, x, d_state)
         if d_state > 1 and chunks.count == 1:
             ends = _zeros(x, batch, len(plan.sets), chunks.count, d_state, channels)
@@ -572,7 +606,7 @@ def selective_scan_2d_backward(
                 plan.sequences,
                 dt_weight,
                 dt_bias,
-                A_log,
+                by_state,
                 D_skip,
                 saved,
                 dx,
@@ -587,7 +621,9 @@ def selective_scan_2d_backward(
                 **_constants(x, x_dbl, dt_weight, d_state),
                 SUMMARY=summary,
                 PRECISION=matrix_precision(x, x_dbl),
+                FULL=height * width % STEPS == 0,
                 num_warps=1,
+                num_stages=1,
             )
 
         if chunks.count > 1:

@@ -31,6 +31,7 @@ CHUNK_TILES = 4
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -109,7 +110,9 @@ def walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T: tl.constexpr):
 
 
 @triton.jit
-def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, rest, T: tl.constexpr):
+def walk_backward(
+    steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, rest, FULL: tl.constexpr, T: tl.constexpr
+):
     """One state through a tile and back.
 
     Args, of T vectors each: steps Δ, inputs Δ u, Bs, Cs, dys. h is the state before the tile, s the adjoint
@@ -141,7 +144,9 @@ def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, res
         g = Cs[t].to(tl.float32) * dys[t] + s
         into_B = (g * inputs[t],) + into_B
         dus = (dinputs[t] + g * Bs[t].to(tl.float32),) + dus
-        through = tl.where(t < rest, g * kept[t], 0.0)  # behind the end kept may be NaN, and 0 times it too
+        through = g * kept[t]
+        if not FULL:
+            through = tl.where(t < rest, through, 0.0)  # behind the end kept may be NaN, and 0 times it too
         dts = (dsteps[t] + A * through,) + dts
         dA += steps[t] * through
         s = decays[t] * g
@@ -149,19 +154,43 @@ def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, res
 
 
 @triton.jit
-def sum_channels(columns, C: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums over channels of T vectors (C,), in each column of (T, 8): the matrix units add faster than shuffles."""
+def sum_channels(columns, sums, column, C: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+    """Puts into one column of `sums` (T, 8) what T vectors (C,) add up to, each over its channels.
+
+    The matrix units add faster than shuffles. Their eight columns are all the same.
+    """
     ones = tl.full((C, 8), 1.0, tl.float32)
-    return tl.dot(stack(columns, C, T).trans(), ones, input_precision=PRECISION)
+    found = tl.dot(stack(columns, C, T).trans(), ones, input_precision=PRECISION)
+    return tl.where((tl.arange(0, 8) == column)[None, :], found, sums)
 
 
 @triton.jit
-def load_steps(base, positions, stride: tl.constexpr, T: tl.constexpr):
-    """A tuple of what lies at base + position * stride, position after position."""
-    found = ()
+def widen(x):
+    """x in float32, in a way that the compiler leaves where it stands.
+
+    What lies among threads and is then exchanged, it would exchange first, for each thread to widen all of it.
+    """
+    if INTERPRETED:
+        wide = x.to(tl.float32)
+    elif x.dtype == tl.bfloat16:
+        wide = tl.inline_asm_elementwise("cvt.f32.bf16 $0, $1;", "=f,h", [x], tl.float32, is_pure=True, pack=1)
+    elif x.dtype == tl.float16:
+        wide = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        wide = x
+    return wide
+
+
+@triton.jit
+def spread(tile, T: tl.constexpr):
+    """B and C of T steps, (T, 2), which lie among threads, for all threads: twice T vectors (1,) in float32."""
+    values = unstack(widen(tile).trans().reshape(1, 2 * T), 1, 2 * T)
+    Bs = ()
+    Cs = ()
     for t in tl.static_range(T):
-        found = found + (tl.load(base + positions[t].to(tl.int64) * stride),)
-    return found
+        Bs = Bs + (values[t],)
+        Cs = Cs + (values[T + t],)
+    return Bs, Cs
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "D", "N"])
