@@ -30,6 +30,9 @@ from .triton_tiles import (
     walk_forward,
 )
 
+AT_ONCE = tl.constexpr(2)
+"""Tiles that the forward reads at once: longer reads of a row, and earlier."""
+
 VECTORS = (8, 4)
 """Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
 
@@ -165,7 +168,6 @@ def scan_1d_forward(
         if not SUMMARY:
             h = tl.load(starts_ptr, mask=in_group < tl.where(chunks > 1, D, 0), other=0.0)
 
-    AT_ONCE: tl.constexpr = 2 if N == 1 else 1  # tiles: longer reads of a row, and earlier
     us = load_tile(u_ptr, i0 * T, L, mask, C, AT_ONCE * T, V)
     raws = load_tile(delta_ptr, i0 * T, L, mask, C, AT_ONCE * T, V)
     for first in range(i0, i1, AT_ONCE):

@@ -74,39 +74,39 @@ def load_weight(at, mask, like):
 
 
 @triton.jit
-def load_low(p_ptr, positions_ptr, stride: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr):
-    """The low-rank form of a tile's delta, (T, RP)."""
-    at = tl.load(positions_ptr + tl.arange(0, T)).to(tl.int64)
+def load_positions(table_ptr, T: tl.constexpr):
+    """A tile of a table of positions, (T,)."""
+    return tl.load(table_ptr + tl.arange(0, T))
+
+
+@triton.jit
+def load_low(p_ptr, at, stride: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):
+    """The low-rank form of delta at T positions, (T, RP)."""
     r = tl.arange(0, RP)
-    return tl.load(p_ptr + at[:, None] * stride + r[None, :], mask=(r < R)[None, :], other=0.0)
+    return tl.load(p_ptr + at.to(tl.int64)[:, None] * stride + r[None, :], mask=(r < R)[None, :], other=0.0)
 
 
 @triton.jit
-def load_rows(base, table_ptr, d, rest, D: tl.constexpr, T: tl.constexpr):
-    """A tile of a map, (T, C): channels d of the rows of `base` that a table names; zeros but for the first `rest`."""
-    t = tl.arange(0, T)
-    at = tl.load(table_ptr + t).to(tl.int64)
-    mask = (t < rest)[:, None] & (d < D)[None, :]
-    return tl.load(base + (at[:, None] * D + d[None, :]), mask=mask, other=0.0)
+def state_rows(p_ptr, at, stride: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """Pointers to B and C of the first state at T positions, (T, 2)."""
+    return p_ptr + (at.to(tl.int64)[:, None] * stride + (R + N * tl.arange(0, 2))[None, :])
 
 
 @triton.jit
-def store_rows(base, table_ptr, d, columns, rest, D: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+def load_rows(base, at, d, rest, D: tl.constexpr, T: tl.constexpr):
+    """A tile of a map, (T, C): channels d of the rows of `base` at T positions; zeros but for the first `rest`."""
+    mask = (tl.arange(0, T) < rest)[:, None] & (d < D)[None, :]
+    return tl.load(base + (at.to(tl.int64)[:, None] * D + d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, at, d, columns, rest, D: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
     """Stores the first `rest` of T vectors (C,) where `load_rows` reads them."""
     narrow = ()
     for t in tl.static_range(T):
         narrow = narrow + (columns[t].to(base.dtype.element_ty),)
-    t = tl.arange(0, T)
-    at = tl.load(table_ptr + t).to(tl.int64)
-    mask = (t < rest)[:, None] & (d < D)[None, :]
-    tl.store(base + (at[:, None] * D + d[None, :]), stack(narrow, C, T).trans(), mask=mask)
-
-
-@triton.jit
-def state_rows(p_ptr, positions_ptr, stride: tl.constexpr, R: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
-    """Pointers to B and C of the first state in a tile's steps, (T, 2)."""
-    at = tl.load(positions_ptr + tl.arange(0, T)).to(tl.int64)
-    return p_ptr + (at[:, None] * stride + (R + N * tl.arange(0, 2))[None, :])
+    mask = (tl.arange(0, T) < rest)[:, None] & (d < D)[None, :]
+    tl.store(base + (at.to(tl.int64)[:, None] * D + d[None, :]), stack(narrow, C, T).trans(), mask=mask)
 
 
 @triton.jit
@@ -201,16 +201,23 @@ def scan_2d_forward(
         if not SUMMARY:
             h = tl.load(starts_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
-    x_tile = load_rows(x_ptr, positions_ptr + i0 * T, d, T, D, T)
-    BC = tl.load(state_rows(p_ptr, positions_ptr + i0 * T, S * W, R, N, T))
-    raws = project(load_low(p_ptr, positions_ptr + i0 * T, S * W, R, RP, T), w_hi, w_lo, bias, C, T)
+    at = load_positions(positions_ptr + i0 * T, T)
+    x_tile = load_rows(x_ptr, at, d, T, D, T)
+    BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+    raws = project(load_low(p_ptr, at, S * W, R, RP), w_hi, w_lo, bias, C, T)
+    at = load_positions(positions_ptr + tl.minimum(i0 + 1, i1 - 1) * T, T)
+    next_at = load_positions(positions_ptr + tl.minimum(i0 + 2, i1 - 1) * T, T)
+    low = load_low(p_ptr, at, S * W, R, RP)
     state_ptr = saved_ptr + i0.to(tl.int64) * (N * D)  # what is saved behind tile i
     for i in range(i0, i1):
-        # The next tile's loads; behind the last one, the last one's again.
-        following = positions_ptr + tl.minimum(i + 1, i1 - 1) * T
-        next_x = load_rows(x_ptr, following, d, T, D, T)
-        next_low = load_low(p_ptr, following, S * W, R, RP, T)
-        next_BC = tl.load(state_rows(p_ptr, following, S * W, R, N, T))
+        # The next tile's loads, of delta's low-rank form the one's after it, since that tile's delta is made at the end
+        # of this one; from positions loaded before. Behind the last one, the last one's again.
+        next_x = load_rows(x_ptr, at, d, T, D, T)
+        next_BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+        next_low = load_low(p_ptr, next_at, S * W, R, RP)
+        at = next_at
+        next_at = load_positions(positions_ptr + tl.minimum(i + 3, i1 - 1) * T, T)
+        to = load_positions(places_ptr + i * T, T)
 
         xs = unstack(x_tile.trans(), C, T)
         steps = ()
@@ -238,7 +245,7 @@ def scan_2d_forward(
             known = d < tl.where(known, D, 0)
             h = tl.load(began, mask=known, other=0.0)
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
-            states = state_rows(p_ptr, positions_ptr + i * T, S * W, R, N, T)
+            states = state_rows(p_ptr, load_positions(positions_ptr + i * T, T), S * W, R, N)
             for n in range(0, N):
                 Bs, Cs = spread(BC, T)
                 A2 = decay_rate(A_log)
@@ -255,10 +262,11 @@ def scan_2d_forward(
                         tl.store(starts_ptr + n * D, after, mask=mask)
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
-            store_rows(y_ptr, places_ptr + i * T, d, ys, length - i * T, D, C, T)
-        raws = project(next_low, w_hi, w_lo, bias, C, T)
+            store_rows(y_ptr, to, d, ys, length - i * T, D, C, T)
+        raws = project(low, w_hi, w_lo, bias, C, T)
         x_tile = next_x
         BC = next_BC
+        low = next_low
         state_ptr += N * D
     if SUMMARY:
         tl.store(reach_ptr + row.to(tl.int64) * D + d, reach, mask=mask)
@@ -370,23 +378,32 @@ def scan_2d_backward(
             s = tl.load(ends_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
     last = i1 - 1
-    x_tile = load_rows(x_ptr, positions_ptr + last * T, d, T, D, T)
-    dy_tile = load_rows(dy_ptr, places_ptr + last * T, d, length - last * T, D, T)
-    low = load_low(p_ptr, positions_ptr + last * T, S * W, R, RP, T)
+    at = load_positions(positions_ptr + last * T, T)
+    x_tile = load_rows(x_ptr, at, d, T, D, T)
+    low = load_low(p_ptr, at, S * W, R, RP)
+    to = load_positions(places_ptr + last * T, T)
+    dy_tile = load_rows(dy_ptr, to, d, length - last * T, D, T)
+    BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+    following = tl.maximum(last - 1, i0) * T
+    at = load_positions(positions_ptr + following, T)
+    next_to = load_positions(places_ptr + following, T)
+    next_low = load_low(p_ptr, at, S * W, R, RP)
+    next_at = load_positions(positions_ptr + tl.maximum(last - 2, i0) * T, T)
     raws = project(low, w_hi, w_lo, bias, C, T)
     state_ptr = saved_ptr + (last - 1).to(tl.int64) * (N * D)  # what is saved before tile i
     for back in range(0, i1 - i0):
         i = last - back
         # The next loads, those of the tile before; before the first one, the first one's again. Of all tiles only the
         # sequence's last can have steps behind its end, and their dy = 0: nothing comes from them.
-        following = tl.maximum(i - 1, i0) * T
-        next_x = load_rows(x_ptr, positions_ptr + following, d, T, D, T)
-        next_dy = load_rows(dy_ptr, places_ptr + following, d, T, D, T)
+        next_x = load_rows(x_ptr, at, d, T, D, T)
+        next_dy = load_rows(dy_ptr, next_to, d, T, D, T)
+        next_BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+        later_low = load_low(p_ptr, next_at, S * W, R, RP)
+        later_to = load_positions(places_ptr + tl.maximum(i - 2, i0) * T, T)
+        at = next_at
+        next_at = load_positions(positions_ptr + tl.maximum(i - 3, i0) * T, T)
         xs = unstack(x_tile.trans(), C, T)
         dys = unstack(dy_tile.trans(), C, T)
-        next_low = load_low(p_ptr, positions_ptr + following, S * W, R, RP, T)
-        states = state_rows(p_ptr, positions_ptr + i * T, S * W, R, N, T)
-        BC = tl.load(states)
         known = d < tl.where(i > 0, D, 0)
         h = tl.load(state_ptr, mask=known, other=0.0)
 
@@ -406,7 +423,7 @@ def scan_2d_backward(
             dsteps = dsteps + (tl.zeros((C,), tl.float32),)
             reach += step
             dskip += dy * x
-        dp_rows = dp_ptr + tl.load(places_ptr + i * T + steps_of_tile).to(tl.int64) * W
+        dp_rows = dp_ptr + to.to(tl.int64) * W
         in_route = steps_of_tile < length - i * T
         eight = tl.arange(0, 8)
         rest = length - i * T
@@ -424,6 +441,7 @@ def scan_2d_backward(
         else:
             dBs = tl.zeros((T, 8), tl.float32)
             dCs = tl.zeros((T, 8), tl.float32)
+            states = state_rows(p_ptr, load_positions(positions_ptr + i * T, T), S * W, R, N)
             s = tl.load(ends_ptr, mask=mask, other=0.0)
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             for n in range(0, N):
@@ -466,15 +484,19 @@ def scan_2d_backward(
                 dbias += draw
                 into_raw = into_raw + (draw,)
                 dxs = dxs + (dx,)
-            store_rows(dx_ptr, places_ptr + i * T, d, dxs, length - i * T, D, C, T)
+            store_rows(dx_ptr, to, d, dxs, length - i * T, D, C, T)
             draws = stack(into_raw, C, T)
             dlow = tl.dot(draws.trans(), weight, input_precision=PRECISION)
             tl.store(dp_rows[:, None] + r[None, :], dlow, mask=in_route[:, None] & (r < R)[None, :])
             dweight = tl.dot(draws, low.to(tl.float32), dweight, input_precision=PRECISION)
         raws = project(next_low, w_hi, w_lo, bias, C, T)
         low = next_low
+        next_low = later_low
         x_tile = next_x
         dy_tile = next_dy
+        BC = next_BC
+        to = next_to
+        next_to = later_to
         state_ptr -= N * D
     if SUMMARY:
         tl.store(reach_ptr + wide_row * D + d, reach, mask=mask)

@@ -23,7 +23,7 @@ STEPS = 16
 CHANNELS = 32
 """Channels of a program: one a thread of its one warp."""
 
-PROGRAMS_WANTED = 4
+PROGRAMS_WANTED = 8
 """Programs that a multiprocessor should have at least: where there are fewer, sequences are cut into chunks."""
 
 CHUNK_TILES = 4
@@ -110,9 +110,7 @@ def walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T: tl.constexpr):
 
 
 @triton.jit
-def walk_backward(
-    steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, rest, FULL: tl.constexpr, T: tl.constexpr
-):
+def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, rest, FULL: tl.constexpr, T: tl.constexpr):
     """One state through a tile and back.
 
     Args, of T vectors each: steps Δ, inputs Δ u, Bs, Cs, dys. h is the state before the tile, s the adjoint
@@ -166,7 +164,7 @@ def sum_channels(columns, sums, column, C: tl.constexpr, T: tl.constexpr, PRECIS
 
 @triton.jit
 def widen(x):
-    """x in float32, in a way that the compiler leaves where it stands.
+    """In float32, in a way that the compiler leaves where it stands.
 
     What lies among threads and is then exchanged, it would exchange first, for each thread to widen all of it.
     """
