@@ -317,7 +317,7 @@ def scan_2d_backward(
 
     Args, beyond those of `scan_2d_forward`:
         dy_ptr: (B, routes, L, D).
-        dx_ptr: (B, routes, L, D).
+        dx_ptr: (B, routes, L, D), each route's part, rounded as its output is.
         dp_ptr: float32, (blocks of channels, B, routes, L, R + 2N), each block's part of a sum.
         dweight_ptr, dbias_ptr, dA_ptr, dskip_ptr: (B, sequences, chunks, ...), float32: (D, R), (D,), (N, D), (D,),
             each program's part of a sum; dA is that of A, and holds zeros before where N > 1.
@@ -612,7 +612,7 @@ def selective_scan_2d_backward(
             fill = torch.zeros if chunks.count > 1 else torch.empty
             return fill(batch, len(plan.sets), chunks.count, *shape, dtype=torch.float32, device=x.device)
 
-        dx = torch.empty(batch, count, height, width, channels, device=x.device, dtype=_part_dtype(x, count))
+        dx = torch.empty(batch, count, height, width, channels, device=x.device, dtype=x.dtype)
         dp = torch.empty(blocks, batch, count, height, width, x_dbl.shape[-1], dtype=torch.float32, device=x.device)
         dweight, dbias, dskip = parts(channels, rank), parts(channels), parts(channels)
         dA = parts(d_state, channels) if d_state == 1 else _zeros(x, *ends.shape)
@@ -654,7 +654,7 @@ def selective_scan_2d_backward(
         launch(summary=False)
         route_sets = [weight_set for _, weight_set in routes]
         return (
-            dx[:, 0].to(x.dtype) if count == 1 else dx.sum(1).to(x.dtype),
+            dx[:, 0] if count == 1 else dx.sum(1),
             _by_set(dp.sum(0), 1, route_sets, sets).movedim(1, 3).to(x_dbl.dtype),
             _by_set(dweight.sum((0, 2)), 0, plan.sets, sets).to(dt_weight.dtype),
             _by_set(dbias.sum((0, 2)), 0, plan.sets, sets).to(dt_bias.dtype),
@@ -772,10 +772,6 @@ def _constants(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, d_state: int) -> dic
         "T": STEPS,
         "EXACT": torch.float32 in (x.dtype, x_dbl.dtype),
     }
-
-
-def _part_dtype(x: Tensor, routes: int) -> torch.dtype:
-    return x.dtype if routes == 1 else torch.float32
 
 
 def _zeros(x: Tensor, *shape: int) -> Tensor:
