@@ -208,23 +208,25 @@ def scan_1d_forward(
                     known = in_group < tl.where(known, D, 0)
                     began = tl.where(i > i0, saved_ptr + (i - 1) * N * channels, starts_ptr)
                     h = tl.load(began, mask=known, other=0.0)
-                    A2 = tl.load(A_ptr, mask=mask, other=0.0)
+                    A = tl.load(A_ptr, mask=mask, other=0.0)
                     for n in range(0, N):
-                        Bs, Cs = spread(BC, T)
-                        rate = A2.to(tl.float32) * LOG2_E
-                        before = h
                         next_n = tl.minimum(n + 1, N - 1)
-                        BC = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
-                        h = tl.load(began + next_n * channels, mask=known, other=0.0)
-                        A2 = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
-                        ys, after = walk_forward(steps, inputs, Bs, Cs, rate, before, ys, T)
+                        BC_of_next = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
+                        h_of_next = tl.load(began + next_n * channels, mask=known, other=0.0)
+                        A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
+                        A2 = A.to(tl.float32) * LOG2_E
+                        Bs, Cs = spread(BC, T)
+                        ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                         if i + 1 < tiles:
-                            tl.store(saved_ptr + (i * N + n) * channels, after, mask=mask)
+                            tl.store(saved_ptr + (i * N + n) * channels, h, mask=mask)
                         if SUMMARY:
                             if i + 1 == i1:
-                                tl.store(starts_ptr + n * channels, after, mask=mask)
+                                tl.store(starts_ptr + n * channels, h, mask=mask)
                         elif i + 1 == tiles:
-                            tl.store(last_ptr + (b * channels + d) * N + n, after, mask=mask)
+                            tl.store(last_ptr + (b * channels + d) * N + n, h, mask=mask)
+                        BC = BC_of_next
+                        h = h_of_next
+                        A = A_of_next
                     tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from others
                 if not SUMMARY:
                     if HAS_Z:
@@ -408,27 +410,25 @@ def scan_1d_backward(
                 tl.store(dC_ptr + part + t + eight, dCs, mask=to_mask)
         else:
             s = tl.load(ends_ptr, mask=mask, other=0.0)
-            A2 = tl.load(A_ptr, mask=mask, other=0.0)
+            A = tl.load(A_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                Bs, Cs = spread(BC, T)
-                rate = A2.to(tl.float32) * LOG2_E
-                before = h
-                behind = s
-                if SUMMARY:
-                    behind = tl.where(back > 0, s, 0.0)
-                else:
-                    dA_before = tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
                 next_n = tl.minimum(n + 1, N - 1)
-                BC = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
-                h = tl.load(began + next_n * channels, mask=known, other=0.0)
-                s = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
-                A2 = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
-                through, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, rate, before, behind, ys, dinputs, dsteps, L - t0, FULL, T
+                BC_of_next = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
+                h_of_next = tl.load(began + next_n * channels, mask=known, other=0.0)
+                s_of_next = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
+                A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
+                if SUMMARY:
+                    s = tl.where(back > 0, s, 0.0)
+                else:
+                    dA = tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
+                A2 = A.to(tl.float32) * LOG2_E
+                Bs, Cs = spread(BC, T)
+                s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, FULL, T
                 )
-                tl.store(ends_ptr + n * channels, through, mask=mask)
+                tl.store(ends_ptr + n * channels, s, mask=mask)
                 if not SUMMARY:
-                    tl.store(dA_ptr + n * channels, dA_before + dA_tile, mask=mask)
+                    tl.store(dA_ptr + n * channels, dA + dA_tile, mask=mask)
                     dBs = sum_channels(into_B, dBs, n % 8, C, T, PRECISION)
                     dCs = sum_channels(into_C, dCs, n % 8, C, T, PRECISION)
                     if (n % 8 == 7) | (n == N - 1):
@@ -439,6 +439,10 @@ def scan_1d_backward(
                         tl.store(dC_ptr + to, dCs, mask=to_mask)
                         dBs = tl.zeros((T, 8), tl.float32)
                         dCs = tl.zeros((T, 8), tl.float32)
+                BC = BC_of_next
+                h = h_of_next
+                s = s_of_next
+                A = A_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             dus = ()

@@ -247,19 +247,20 @@ def scan_2d_forward(
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             states = state_rows(p_ptr, load_positions(positions_ptr + i * T, T), S * W, R, N)
             for n in range(0, N):
-                Bs, Cs = spread(BC, T)
-                A2 = decay_rate(A_log)
-                before = h
                 next_n = tl.minimum(n + 1, N - 1)
-                BC = tl.load(states + next_n)
-                h = tl.load(began + next_n * D, mask=known, other=0.0)
-                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
-                ys, after = walk_forward(steps, inputs, Bs, Cs, A2, before, ys, T)
+                BC_of_next = tl.load(states + next_n)
+                h_of_next = tl.load(began + next_n * D, mask=known, other=0.0)
+                A_log_of_next = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                Bs, Cs = spread(BC, T)
+                ys, h = walk_forward(steps, inputs, Bs, Cs, decay_rate(A_log), h, ys, T)
                 if i + 1 < end:
-                    tl.store(state_ptr + n * D, after, mask=mask)
+                    tl.store(state_ptr + n * D, h, mask=mask)
                 if SUMMARY:
                     if i + 1 == i1:
-                        tl.store(starts_ptr + n * D, after, mask=mask)
+                        tl.store(starts_ptr + n * D, h, mask=mask)
+                BC = BC_of_next
+                h = h_of_next
+                A_log = A_log_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             store_rows(y_ptr, to, d, ys, length - i * T, D, C, T)
@@ -445,25 +446,23 @@ def scan_2d_backward(
             s = tl.load(ends_ptr, mask=mask, other=0.0)
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                Bs, Cs = spread(BC, T)
-                A2 = decay_rate(A_log)
-                before = h
-                behind = s
-                if SUMMARY:
-                    behind = tl.where(back > 0, s, 0.0)
-                else:
-                    dA_before = tl.load(dA_ptr + n * D, mask=mask, other=0.0)
                 next_n = tl.minimum(n + 1, N - 1)
-                BC = tl.load(states + next_n)
-                h = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
-                s = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
-                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
-                through, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, before, behind, wide_dys, dinputs, dsteps, rest, FULL, T
+                BC_of_next = tl.load(states + next_n)
+                h_of_next = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
+                s_of_next = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
+                A_log_of_next = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                if SUMMARY:
+                    s = tl.where(back > 0, s, 0.0)
+                else:
+                    dA = tl.load(dA_ptr + n * D, mask=mask, other=0.0)
+                A2 = decay_rate(A_log)
+                Bs, Cs = spread(BC, T)
+                s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, rest, FULL, T
                 )
-                tl.store(ends_ptr + n * D, through, mask=mask)
+                tl.store(ends_ptr + n * D, s, mask=mask)
                 if not SUMMARY:
-                    tl.store(dA_ptr + n * D, dA_before + dA_tile, mask=mask)
+                    tl.store(dA_ptr + n * D, dA + dA_tile, mask=mask)
                     dBs = sum_channels(into_B, dBs, n % 8, C, T, PRECISION)
                     dCs = sum_channels(into_C, dCs, n % 8, C, T, PRECISION)
                     if (n % 8 == 7) | (n == N - 1):
@@ -473,6 +472,10 @@ def scan_2d_backward(
                         tl.store(dp_rows[:, None] + (R + N + first + eight)[None, :], dCs, mask=columns_done)
                         dBs = tl.zeros((T, 8), tl.float32)
                         dCs = tl.zeros((T, 8), tl.float32)
+                BC = BC_of_next
+                h = h_of_next
+                s = s_of_next
+                A_log = A_log_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
