@@ -579,7 +579,7 @@ def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: str, residual: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """The convolution, and with `keep` what its activation was applied to; see `depthwise.depthwise_conv`."""
-    x = _with_channels_last(x)
+    x = with_channels_last(x)
     work = split(x.shape, stride, CHANNELS, multiprocessors(x.device))
     y = x.new_empty(x.shape[0], *work.sizes[2:4], x.shape[3])
     pre = x.new_empty(y.shape if keep else 0)
@@ -615,7 +615,7 @@ def depthwise_conv_backward(
 
     Programs write their parts of the sums over a map side by side; torch adds them up.
     """
-    x, dy = _with_channels_last(x), dy.contiguous()
+    x, dy = with_channels_last(x), dy.contiguous()
     size = weight.shape[2]
     again = activation != "none" and convolves_again(size, stride)
     if activation != "none" and not again and pre.numel() == 0:
@@ -652,7 +652,7 @@ def depthwise_conv_backward(
     return dx, dweight.copy_(sums[:-1].mT.reshape(weight.shape)), dbias.copy_(sums[-1])
 
 
-def _with_channels_last(x: Tensor) -> Tensor:
+def with_channels_last(x: Tensor) -> Tensor:
     """The map itself where its channels lie side by side, such as half of another map's; otherwise a copy."""
     return x if x.stride(3) == 1 else x.contiguous()
 
