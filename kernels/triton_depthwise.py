@@ -586,7 +586,7 @@ def depthwise_conv(
     with torch.cuda.device_of(x):
         convolve[(work.programs * work.blocks,)](
             x,
-            *_in_blocks(weight, bias, CHANNELS),
+            *_in_blocks(weight, bias),
             y,
             pre,
             *work.sizes,
@@ -629,18 +629,18 @@ def depthwise_conv_backward(
     constants = {**_layout(x), **_constants(x, weight, stride, block), "ACTIVATION": activation}
     grid = (work.programs * work.blocks,)
     with torch.cuda.device_of(x):
+        filled, filled_bias = _in_blocks(weight, bias)
         if again:
             del constants["S"]
-            weights = _in_blocks(weight, bias, block)
             convolve_and_sum_weights[grid](
-                x, *weights, dy, g, parts, *arguments, **constants, RESIDUAL=residual, maxnreg=REGISTERS
+                x, filled, filled_bias, dy, g, parts, *arguments, **constants, RESIDUAL=residual, maxnreg=REGISTERS
             )
         else:
             sum_weights[grid](x, dy, pre, g, parts, *arguments, **constants, maxnreg=REGISTERS_FOR_SUMS)
         work = split(x.shape, stride, CHANNELS, multiprocessors(x.device))
         convolve_back[(work.programs * work.blocks,)](
             g,
-            _in_blocks(weight, bias, CHANNELS)[0],
+            filled,
             dx,
             *work.sizes,
             **_constants(x, weight, stride, CHANNELS),
@@ -657,11 +657,10 @@ def with_channels_last(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _in_blocks(weight: Tensor, bias: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _in_blocks(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (K * K, channels) and bias (channels,) in float32, channels filled up with zeros to whole blocks."""
     channels, size = weight.shape[0], weight.shape[2]
-    if channels % block:
-        filling = -channels % block
+    if filling := -channels % CHANNELS:
         weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, filling)), F.pad(bias, (0, filling))
     return weight.reshape(-1, size * size).mT.contiguous().float(), bias.contiguous().float()
 
