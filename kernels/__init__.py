@@ -1,9 +1,19 @@
-"""The selective scan and nothing else: reference, parallel in torch, and the operators that others import.
+"""The selective scan, the depthwise convolution, and nothing else: as defined, in torch, and in Triton, as operators.
 
 Knows torch (and triton), nothing of the rest of msv. Start reading at `reference.py`.
 """
 
+from .depthwise import Activation, depthwise_conv
 from .ops import Backend, flops_1d, flops_2d, selective_scan, selective_scan_2d
 from .routes import ROUTES
 
-__all__ = ["ROUTES", "Backend", "flops_1d", "flops_2d", "selective_scan", "selective_scan_2d"]
+__all__ = [
+    "ROUTES",
+    "Activation",
+    "Backend",
+    "depthwise_conv",
+    "flops_1d",
+    "flops_2d",
+    "selective_scan",
+    "selective_scan_2d",
+]
