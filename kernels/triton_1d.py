@@ -2,9 +2,14 @@
 
 A program is a block of channels of one group, one sequence (or a chunk of it). As in `triton_2d.py` it walks tiles of T
 steps, here read along time, so that a thread finds the steps of its channel side by side.
+
+Memory moves whole sectors. Where the length is no multiple of one, rows begin anywhere in a sector, and tiles that all
+begin with the row would share one at either end. So a program takes every so-maniest channel, whose rows all begin at
+the same place of a sector, and begins its tiles with the sector: `shift` steps before the row.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,18 +41,59 @@ AT_ONCE = tl.constexpr(2)
 VECTORS = (8, 4)
 """Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
 
+SECTOR = 32
+"""Bytes of a sector."""
+
 # A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of T, of 8, of 4,
 # another (and, once, the summaries, where few long sequences come).
-_SIZES = ["L", "tiles", "groups", "chunks", "chunk_tiles"]
+_SIZES = ["L", "batch", "groups", "chunks", "chunk_tiles"]
 
 
 @triton.jit
-def load_tile(row_ptr, t0, L, mask, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """T steps of C rows, as they lie in memory: a tuple of (C, V). Zeros behind the end."""
+def first_row(b, groups, group, in_group, shift, L, D: tl.constexpr, PER: tl.constexpr, SHIFTED: tl.constexpr):
+    """Where the tiles of each channel begin, `shift` steps before its row."""
+    rows = (b * groups * D + group * D + in_group) * L - shift
+    if SHIFTED:
+        rows = rows // PER * PER  # as they are, but now the compiler knows
+    return rows
+
+
+@triton.jit
+def readable(rows, batch, groups, L, D: tl.constexpr, PER: tl.constexpr, SHIFTED: tl.constexpr):
+    """How many steps may be read from `first_row` on: to the end of the row, or shifted to that of the tensor."""
+    if SHIFTED:
+        room = tl.minimum((batch.to(tl.int64) * groups * D * L - rows) // PER, 1 << 24).to(tl.int32) * PER
+        room = room[:, None]
+    else:
+        room = L
+    return room
+
+
+@triton.jit
+def saved_slots(kind, L, CLASSES: tl.constexpr, PER: tl.constexpr, T: tl.constexpr):
+    """How many states the classes before `kind` save, and all of them."""
+    kinds = tl.arange(0, CLASSES)
+    slots = (L + kinds * L % PER + (T - 1)) // T - 1
+    return tl.sum(tl.where(kinds < kind, slots, 0)), tl.sum(slots)
+
+
+@triton.jit
+def load_tile(row_ptr, at, room, mask, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """T steps of C rows, as they lie in memory: a tuple of (C, V). Zeros behind `room`."""
     found = ()
     for part in tl.static_range(T // V):
-        t = t0 + part * V + tl.arange(0, V)
-        found = found + (tl.load(row_ptr[:, None] + t[None, :], mask=mask[:, None] & (t < L)[None, :], other=0.0),)
+        t = at + part * V + tl.arange(0, V)[None, :]
+        found = found + (tl.load(row_ptr[:, None] + t, mask=mask[:, None] & (t < room), other=0.0),)
+    return found
+
+
+@triton.jit
+def within(parts, at, shift, L, T: tl.constexpr, V: tl.constexpr):
+    """What `load_tile` returns, with zeros for steps of other rows, of which a shifted tile at either end has some."""
+    found = ()
+    for part in tl.static_range(T // V):
+        t = at + part * V + tl.arange(0, V)[None, :] - shift
+        found = found + (tl.where((t >= 0) & (t < L), parts[part], 0.0),)
     return found
 
 
@@ -63,23 +109,32 @@ def unpack(parts, tile: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.co
 
 
 @triton.jit
-def store_tile(row_ptr, t0, L, columns, mask, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """The inverse of `load_tile` and `unpack`."""
+def store_tile(
+    row_ptr, at, shift, L, columns, mask, SHIFTED: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr
+):
+    """The inverse of `load_tile` and `unpack`; of the row's own steps alone."""
+    whole = (at >= shift) & (at + T <= shift + L)
     for part in tl.static_range(T // V):
         chosen = ()
         for t in tl.static_range(V):
             chosen = chosen + (columns[part * V + t].to(row_ptr.dtype.element_ty),)
-        t = t0 + part * V + tl.arange(0, V)
-        at = row_ptr[:, None] + t[None, :]
-        tl.store(at, stack(chosen, C, V), mask=mask[:, None] & (t < L)[None, :])
+        t = at + part * V + tl.arange(0, V)[None, :]
+        tile = stack(chosen, C, V)
+        if SHIFTED:
+            if whole:
+                tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None])
+            else:
+                tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None] & (t >= shift) & (t < shift + L))
+        else:
+            tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None] & (t < L))
 
 
 @triton.jit
 def load_BC(B_ptr, C_ptr, t0, L, T: tl.constexpr):
-    """B and C of one state in T steps, (T, 2), as `spread` takes them. Zeros behind the end."""
+    """B and C of one state in T steps, (T, 2), as `spread` takes them. Zeros outside of the sequence."""
     t = t0 + tl.arange(0, T)[:, None]
     at = tl.where(tl.arange(0, 2)[None, :] == 0, B_ptr, C_ptr) + t
-    return tl.load(at, mask=t < L, other=0.0)
+    return tl.load(at, mask=(t >= 0) & (t < L), other=0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -98,7 +153,7 @@ def scan_1d_forward(
     starts_ptr,
     reach_ptr,
     L,
-    tiles,
+    batch,
     groups,
     chunks,
     chunk_tiles,
@@ -112,6 +167,8 @@ def scan_1d_forward(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    PER: tl.constexpr,
     SUMMARY: tl.constexpr,
     FULL: tl.constexpr,
     EXACT: tl.constexpr,
@@ -124,16 +181,22 @@ def scan_1d_forward(
         B_ptr, C_ptr: (B, groups, N, L).
         D_ptr, bias_ptr: (groups * D,).
         last_ptr: the state behind the end, (B, groups * D, N).
-        saved_ptr: states after each tile but the last, (B, tiles - 1, N, groups * D).
+        saved_ptr: states after each tile but the last, (B, each class's, N, groups * D / CLASSES).
         starts_ptr: states with which chunks begin, (B, chunks, N, groups * D); as SUMMARY, those they make of zero.
         reach_ptr: sums of Δ, (B, chunks, groups * D).
     """
-    BLOCKS: tl.constexpr = (D + C - 1) // C
+    WIDTH: tl.constexpr = D // CLASSES  # channels of a class
+    BLOCKS: tl.constexpr = CLASSES * ((WIDTH + C - 1) // C)
+    SHIFTED: tl.constexpr = CLASSES > 1
     pid = tl.program_id(0)
-    in_group = pid % BLOCKS * C + tl.arange(0, C)
+    kind = pid % CLASSES
+    in_class = pid % BLOCKS // CLASSES * C + tl.arange(0, C)
+    in_group = in_class * CLASSES + kind
     group = pid // BLOCKS % groups
     chunk = pid // BLOCKS // groups % chunks
     b = (pid // BLOCKS // groups // chunks).to(tl.int64)
+    shift = kind * L % PER
+    tiles = (L + shift + (T - 1)) // T
     i0 = chunk * chunk_tiles
     i1 = tl.minimum(i0 + chunk_tiles, tiles)
     if i0 >= i1:
@@ -141,10 +204,13 @@ def scan_1d_forward(
 
     if ALIGNED:
         L = L // V * V  # as it is, but now the compiler knows, and reads V steps at once
-    mask = in_group < D
+    mask = in_class < WIDTH
     channels = groups.to(tl.int64) * D
     d = group * D + in_group
-    rows = (b * channels + d) * L
+    rows = first_row(b, groups, group, in_group, shift, L, D, PER, SHIFTED)
+    room = readable(rows, batch, groups, L, D, PER, SHIFTED)
+    slots_before, slots = saved_slots(kind, L, CLASSES, PER, T)
+    width = channels // CLASSES
     u_ptr += rows
     delta_ptr += rows
     z_ptr += rows
@@ -152,7 +218,7 @@ def scan_1d_forward(
     line = (b * groups + group) * N * L
     B_ptr += line
     C_ptr += line
-    saved_ptr += b * (tiles - 1) * N * channels + d
+    saved_ptr += (b * slots + slots_before) * N * width + group * WIDTH + in_class
     starts_ptr += (b * chunks + chunk) * N * channels + d
     A_ptr += d
     skip = tl.zeros((C,), tl.float32)
@@ -166,19 +232,23 @@ def scan_1d_forward(
     if N == 1:
         A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
         if not SUMMARY:
-            h = tl.load(starts_ptr, mask=in_group < tl.where(chunks > 1, D, 0), other=0.0)
+            h = tl.load(starts_ptr, mask=in_class < tl.where(chunks > 1, WIDTH, 0), other=0.0)
 
-    us = load_tile(u_ptr, i0 * T, L, mask, C, AT_ONCE * T, V)
-    raws = load_tile(delta_ptr, i0 * T, L, mask, C, AT_ONCE * T, V)
+    us = load_tile(u_ptr, i0 * T, room, mask, C, AT_ONCE * T, V)
+    raws = load_tile(delta_ptr, i0 * T, room, mask, C, AT_ONCE * T, V)
     for first in range(i0, i1, AT_ONCE):
-        next_us = load_tile(u_ptr, (first + AT_ONCE) * T, L, mask, C, AT_ONCE * T, V)
-        next_raws = load_tile(delta_ptr, (first + AT_ONCE) * T, L, mask, C, AT_ONCE * T, V)
+        next_us = load_tile(u_ptr, (first + AT_ONCE) * T, room, mask, C, AT_ONCE * T, V)
+        next_raws = load_tile(delta_ptr, (first + AT_ONCE) * T, room, mask, C, AT_ONCE * T, V)
+        if SHIFTED:
+            if (first * T < shift) | ((first + AT_ONCE) * T > shift + L):
+                us = within(us, first * T, shift, L, AT_ONCE * T, V)
+                raws = within(raws, first * T, shift, L, AT_ONCE * T, V)
         for tile in tl.static_range(AT_ONCE):
             i = first + tile
-            t0 = i * T
+            t0 = i * T - shift
             if (tile == 0) | (i < i1):
                 BC = load_BC(B_ptr, C_ptr, t0, L, T)
-                # Behind the end Δ = 0, which leaves the state as it is.
+                # Outside of the sequence Δ = 0, which leaves the state as it is.
                 wide_us = unpack(us, tile, C, T, V)
                 wide_raws = unpack(raws, tile, C, T, V)
                 steps = ()
@@ -188,6 +258,8 @@ def scan_1d_forward(
                     step = wide_raws[t] + bias
                     if SOFTPLUS:
                         step = softplus(step, EXACT)
+                    if SHIFTED:
+                        step = tl.where(t >= -t0, step, 0.0)
                     if not FULL:
                         step = tl.where(t < L - t0, step, 0.0)
                     steps = steps + (step,)
@@ -199,26 +271,28 @@ def scan_1d_forward(
                     ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                     if not SUMMARY:
                         if i + 1 < tiles:
-                            tl.store(saved_ptr + i * channels, h, mask=mask)
+                            tl.store(saved_ptr + i * width, h, mask=mask)
                 else:
                     # What state 0 begins the tile with, and what the others do while the one before is computed.
                     known = i > i0
                     if not SUMMARY:
                         known = known | (chunks > 1)
-                    known = in_group < tl.where(known, D, 0)
-                    began = tl.where(i > i0, saved_ptr + (i - 1) * N * channels, starts_ptr)
+                    known = in_class < tl.where(known, WIDTH, 0)
+                    from_saved = i > i0
+                    stride = tl.where(from_saved, width, channels)
+                    began = tl.where(from_saved, saved_ptr + (i - 1) * N * width, starts_ptr)
                     h = tl.load(began, mask=known, other=0.0)
                     A = tl.load(A_ptr, mask=mask, other=0.0)
                     for n in range(0, N):
                         next_n = tl.minimum(n + 1, N - 1)
                         BC_of_next = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
-                        h_of_next = tl.load(began + next_n * channels, mask=known, other=0.0)
+                        h_of_next = tl.load(began + next_n * stride, mask=known, other=0.0)
                         A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
                         A2 = A.to(tl.float32) * LOG2_E
                         Bs, Cs = spread(BC, T)
                         ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                         if i + 1 < tiles:
-                            tl.store(saved_ptr + (i * N + n) * channels, h, mask=mask)
+                            tl.store(saved_ptr + (i * N + n) * width, h, mask=mask)
                         if SUMMARY:
                             if i + 1 == i1:
                                 tl.store(starts_ptr + n * channels, h, mask=mask)
@@ -230,12 +304,12 @@ def scan_1d_forward(
                     tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from others
                 if not SUMMARY:
                     if HAS_Z:
-                        zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), 0, C, T, V)
+                        zs = unpack(load_tile(z_ptr, i * T, room, mask, C, T, V), 0, C, T, V)
                         gated = ()
                         for t in tl.static_range(T):
                             gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
                         ys = gated
-                    store_tile(y_ptr, t0, L, ys, mask, C, T, V)
+                    store_tile(y_ptr, i * T, shift, L, ys, mask, SHIFTED, C, T, V)
         us = next_us
         raws = next_raws
     if SUMMARY:
@@ -243,7 +317,7 @@ def scan_1d_forward(
         if N == 1:
             tl.store(starts_ptr, h, mask=mask)
     elif N == 1:
-        tl.store(last_ptr + b * channels + d, h, mask=in_group < tl.where(i1 == tiles, D, 0))
+        tl.store(last_ptr + b * channels + d, h, mask=in_class < tl.where(i1 == tiles, WIDTH, 0))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -269,7 +343,7 @@ def scan_1d_backward(
     ends_ptr,
     reach_ptr,
     L,
-    tiles,
+    batch,
     groups,
     chunks,
     chunk_tiles,
@@ -283,6 +357,8 @@ def scan_1d_backward(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    PER: tl.constexpr,
     SUMMARY: tl.constexpr,
     FULL: tl.constexpr,
     EXACT: tl.constexpr,
@@ -297,13 +373,19 @@ def scan_1d_backward(
             program's part of a sum; dA holds zeros before.
         ends_ptr: adjoints that reach chunks from behind, (B, chunks, N, groups * D), zeros where none does; used up.
     """
-    BLOCKS: tl.constexpr = (D + C - 1) // C
+    WIDTH: tl.constexpr = D // CLASSES  # channels of a class
+    BLOCKS: tl.constexpr = CLASSES * ((WIDTH + C - 1) // C)
+    SHIFTED: tl.constexpr = CLASSES > 1
     pid = tl.program_id(0)
     block = pid % BLOCKS
-    in_group = block * C + tl.arange(0, C)
+    kind = block % CLASSES
+    in_class = block // CLASSES * C + tl.arange(0, C)
+    in_group = in_class * CLASSES + kind
     group = pid // BLOCKS % groups
     chunk = pid // BLOCKS // groups % chunks
     b = (pid // BLOCKS // groups // chunks).to(tl.int64)
+    shift = kind * L % PER
+    tiles = (L + shift + (T - 1)) // T
     i0 = chunk * chunk_tiles
     i1 = tl.minimum(i0 + chunk_tiles, tiles)
     if i0 >= i1:
@@ -311,10 +393,13 @@ def scan_1d_backward(
 
     if ALIGNED:
         L = L // V * V  # as it is, but now the compiler knows, and reads V steps at once
-    mask = in_group < D
+    mask = in_class < WIDTH
     channels = groups.to(tl.int64) * D
     d = group * D + in_group
-    rows = (b * channels + d) * L
+    rows = first_row(b, groups, group, in_group, shift, L, D, PER, SHIFTED)
+    room = readable(rows, batch, groups, L, D, PER, SHIFTED)
+    slots_before, slots = saved_slots(kind, L, CLASSES, PER, T)
+    width = channels // CLASSES
     dy_ptr += rows
     u_ptr += rows
     delta_ptr += rows
@@ -325,9 +410,8 @@ def scan_1d_backward(
     line = (b * groups + group) * N * L
     B_ptr += line
     C_ptr += line
-    batch = tl.num_programs(0) // BLOCKS // groups // chunks
-    part = ((block * batch + b) * groups + group) * N * L
-    saved_ptr += b * (tiles - 1) * N * channels + d
+    part = ((block * batch.to(tl.int64) + b) * groups + group) * N * L
+    saved_ptr += (b * slots + slots_before) * N * width + group * WIDTH + in_class
     row = b * chunks + chunk
     ends_ptr += row * N * channels + d
     dA_ptr += row * N * channels + d
@@ -349,27 +433,35 @@ def scan_1d_backward(
         if not SUMMARY:
             s = tl.load(ends_ptr, mask=mask, other=0.0)
 
-    us = load_tile(u_ptr, (i1 - 1) * T, L, mask, C, T, V)
-    raws = load_tile(delta_ptr, (i1 - 1) * T, L, mask, C, T, V)
-    dys = load_tile(dy_ptr, (i1 - 1) * T, L, mask, C, T, V)
+    us = load_tile(u_ptr, (i1 - 1) * T, room, mask, C, T, V)
+    raws = load_tile(delta_ptr, (i1 - 1) * T, room, mask, C, T, V)
+    dys = load_tile(dy_ptr, (i1 - 1) * T, room, mask, C, T, V)
     for back in range(0, i1 - i0):
         i = i1 - 1 - back
-        t0 = i * T
+        t0 = i * T - shift
         following = tl.maximum(i - 1, 0) * T
-        next_us = load_tile(u_ptr, following, L, mask, C, T, V)
-        next_raws = load_tile(delta_ptr, following, L, mask, C, T, V)
-        next_dys = load_tile(dy_ptr, following, L, mask, C, T, V)
+        next_us = load_tile(u_ptr, following, room, mask, C, T, V)
+        next_raws = load_tile(delta_ptr, following, room, mask, C, T, V)
+        next_dys = load_tile(dy_ptr, following, room, mask, C, T, V)
         BC = load_BC(B_ptr, C_ptr, t0, L, T)
-        began = saved_ptr + (i - 1) * N * channels
-        known = in_group < tl.where(i > 0, D, 0)
+        began = saved_ptr + (i - 1) * N * width
+        known = in_class < tl.where(i > 0, WIDTH, 0)
         h = tl.load(began, mask=known, other=0.0)
 
-        # Behind the end Δ = 0 and dy = 0: nothing comes from there, and an adjoint passes through.
+        if SHIFTED:
+            if (t0 < 0) | (t0 + T > L):
+                us = within(us, i * T, shift, L, T, V)
+                raws = within(raws, i * T, shift, L, T, V)
+                dys = within(dys, i * T, shift, L, T, V)
+        # Outside of the sequence Δ = 0 and dy = 0: nothing comes from there, and an adjoint passes through.
         wide_us = unpack(us, 0, C, T, V)
         wide_raws = unpack(raws, 0, C, T, V)
         wide_dys = unpack(dys, 0, C, T, V)
         if HAS_Z:
-            zs = unpack(load_tile(z_ptr, t0, L, mask, C, T, V), 0, C, T, V)
+            gates = load_tile(z_ptr, i * T, room, mask, C, T, V)
+            if SHIFTED:
+                gates = within(gates, i * T, shift, L, T, V)
+            zs = unpack(gates, 0, C, T, V)
             gated = ()
             for t in tl.static_range(T):
                 gated = gated + (wide_dys[t] * zs[t] * tl.sigmoid(zs[t]),)
@@ -384,6 +476,8 @@ def scan_1d_backward(
             step = wide_raws[t] + bias
             if SOFTPLUS:
                 step = softplus(step, EXACT)
+            if SHIFTED:
+                step = tl.where(t >= -t0, step, 0.0)
             if not FULL:
                 step = tl.where(t < L - t0, step, 0.0)
             steps = steps + (step,)
@@ -405,7 +499,7 @@ def scan_1d_backward(
             if not SUMMARY:
                 dBs = sum_channels(into_B, dBs, 0, C, T, PRECISION)
                 dCs = sum_channels(into_C, dCs, 0, C, T, PRECISION)
-                to_mask = (t < L) & (eight == 0)
+                to_mask = (t >= 0) & (t < L) & (eight == 0)
                 tl.store(dB_ptr + part + t + eight, dBs, mask=to_mask)
                 tl.store(dC_ptr + part + t + eight, dCs, mask=to_mask)
         else:
@@ -414,7 +508,7 @@ def scan_1d_backward(
             for n in range(0, N):
                 next_n = tl.minimum(n + 1, N - 1)
                 BC_of_next = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
-                h_of_next = tl.load(began + next_n * channels, mask=known, other=0.0)
+                h_of_next = tl.load(began + next_n * width, mask=known, other=0.0)
                 s_of_next = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
                 A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
                 if SUMMARY:
@@ -434,7 +528,7 @@ def scan_1d_backward(
                     if (n % 8 == 7) | (n == N - 1):
                         state = n // 8 * 8 + eight
                         to = part + state.to(tl.int64) * L + t
-                        to_mask = (t < L) & (state < N)
+                        to_mask = (t >= 0) & (t < L) & (state < N)
                         tl.store(dB_ptr + to, dBs, mask=to_mask)
                         tl.store(dC_ptr + to, dCs, mask=to_mask)
                         dBs = tl.zeros((T, 8), tl.float32)
@@ -453,6 +547,8 @@ def scan_1d_backward(
                 draw = wide_us[t] * dinputs[t] + dsteps[t]
                 if SOFTPLUS:
                     draw *= sigmoid(wide_raws[t] + bias, steps[t])
+                if SHIFTED:
+                    draw = tl.where(t >= -t0, draw, 0.0)
                 if not FULL:
                     draw = tl.where(t < L - t0, draw, 0.0)
                 dbias += draw
@@ -460,10 +556,10 @@ def scan_1d_backward(
                 if HAS_Z:
                     gate = tl.sigmoid(zs[t])
                     dzs = dzs + (from_y[t] * ys[t] * gate * (1.0 + zs[t] * (1.0 - gate)),)
-            store_tile(du_ptr, t0, L, dus, mask, C, T, V)
-            store_tile(ddelta_ptr, t0, L, draws, mask, C, T, V)
+            store_tile(du_ptr, i * T, shift, L, dus, mask, SHIFTED, C, T, V)
+            store_tile(ddelta_ptr, i * T, shift, L, draws, mask, SHIFTED, C, T, V)
             if HAS_Z:
-                store_tile(dz_ptr, t0, L, dzs, mask, C, T, V)
+                store_tile(dz_ptr, i * T, shift, L, dzs, mask, SHIFTED, C, T, V)
         us = next_us
         raws = next_raws
         dys = next_dys
@@ -491,17 +587,17 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `parallel.selective_scan`."""
     u, delta, A, B, C, D, z, delta_bias = _contiguous(u, delta, A, B, C, D, z, delta_bias)
-    batch, channels, length = u.shape
+    batch, channels, _ = u.shape
     d_state = A.shape[1]
     with torch.cuda.device_of(u):
-        tiles = -(-length // STEPS)
         by_state = A.mT.contiguous()
-        chunks, starts, reach = _cut(u, B.shape[1], d_state)
+        split = _split(u, delta, z, B.shape[1])
+        chunks, starts, reach = _cut(u, B.shape[1], d_state, split)
         y, last = torch.empty_like(u), u.new_empty(batch, channels, d_state, dtype=torch.float32)
-        saved = u.new_empty(batch, tiles - 1, d_state, channels, dtype=torch.float32)
+        saved = u.new_empty(saved_numel_1d(u, delta, z, B.shape[1], d_state), dtype=torch.float32)
 
         def launch(summary: bool) -> None:
-            scan_1d_forward[_grid(u, B.shape[1], chunks)](
+            scan_1d_forward[_grid(u, B.shape[1], chunks, split)](
                 u,
                 delta,
                 by_state,
@@ -516,7 +612,7 @@ def selective_scan(
                 starts,
                 reach,
                 *_sizes(u, B.shape[1], chunks),
-                **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+                **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus, split),
                 SUMMARY=summary,
                 num_warps=1,
                 num_stages=1,
@@ -526,7 +622,7 @@ def selective_scan(
             launch(summary=True)
             _carry(chunks, starts, reach, A, None, reverse=False)
         launch(summary=False)
-    return y, last, saved.flatten()
+    return y, last, saved
 
 
 def selective_scan_backward(
@@ -547,21 +643,21 @@ def selective_scan_backward(
     dy, u, delta, A, B, C, D, z, delta_bias = _contiguous(dy, u, delta, A, B, C, D, z, delta_bias)
     batch, channels, _ = u.shape
     groups, d_state = B.shape[1], A.shape[1]
-    blocks = triton.cdiv(channels // groups, CHANNELS)
+    split = _split(u, delta, z, groups)
     with torch.cuda.device_of(u):
         by_state = A.mT.contiguous()
-        chunks, ends, reach = _cut(u, groups, d_state)
+        chunks, ends, reach = _cut(u, groups, d_state, split)
         # A copy whatever its shape, because the kernel uses it up.
         initial = None if dlast is None else dlast.mT.to(torch.float32, copy=True).contiguous()
         if chunks.count == 1:
             ends = _zeros(u, batch, d_state, channels) if initial is None else initial
         du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
-        dB, dC = (torch.empty(blocks, *B.shape, dtype=torch.float32, device=u.device) for _ in range(2))
+        dB, dC = (torch.empty(split.blocks, *B.shape, dtype=torch.float32, device=u.device) for _ in range(2))
         dA = _zeros(u, batch, chunks.count, d_state, channels)
         dD, dbias = (torch.empty(batch, chunks.count, channels, dtype=torch.float32, device=u.device) for _ in range(2))
 
         def launch(summary: bool) -> None:
-            scan_1d_backward[_grid(u, groups, chunks)](
+            scan_1d_backward[_grid(u, groups, chunks, split)](
                 dy,
                 u,
                 delta,
@@ -583,7 +679,7 @@ def selective_scan_backward(
                 ends,
                 reach,
                 *_sizes(u, groups, chunks),
-                **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+                **_constants(u, delta, A, B, C, D, z, delta_bias, delta_softplus, split),
                 SUMMARY=summary,
                 PRECISION=matrix_precision(u, delta, B, C),
                 num_warps=1,
@@ -606,24 +702,51 @@ def selective_scan_backward(
         )
 
 
-def saved_numel_1d(shape: torch.Size, d_state: int) -> int:
-    """The number of states that `selective_scan` saves for u of shape (B, D, L): one a tile, but the last."""
-    batch, channels, length = shape
-    return batch * (-(-length // STEPS) - 1) * d_state * channels
+def saved_numel_1d(u: Tensor, delta: Tensor, z: Tensor | None, groups: int, d_state: int) -> int:
+    """The number of states that `selective_scan` saves: one a tile, but the last; at most one in 16 steps."""
+    classes, steps, _ = _split(u, delta, z, groups)
+    batch, channels, length = u.shape
+    slots = sum(-(-(length + kind * length % steps) // STEPS) - 1 for kind in range(classes))
+    return batch * slots * d_state * (channels // classes)
+
+
+class Split(NamedTuple):
+    """How the channels of a group are dealt out to programs.
+
+    Attributes:
+        classes: a program takes every so-maniest channel, so that all its rows begin at the same place of a sector.
+        steps: of a sector.
+        blocks: programs of a group.
+    """
+
+    classes: int
+    steps: int
+    blocks: int
+
+
+def _split(u: Tensor, delta: Tensor, z: Tensor | None, groups: int) -> Split:
+    width = u.shape[1] // groups
+    steps = SECTOR // u.element_size()
+    classes = steps // math.gcd(steps, u.shape[2])
+    alike = len({t.element_size() for t in (u, delta, z) if t is not None}) == 1
+    if not alike or width % classes or 2 * (width // classes) < CHANNELS:
+        classes = 1
+    return Split(classes, steps, classes * triton.cdiv(width // classes, CHANNELS))
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _grid(u: Tensor, groups: int, chunks: Chunks) -> tuple[int]:
-    return (u.shape[0] * groups * chunks.count * triton.cdiv(u.shape[1] // groups, CHANNELS),)
+def _grid(u: Tensor, groups: int, chunks: Chunks, split: Split) -> tuple[int]:
+    return (u.shape[0] * groups * chunks.count * split.blocks,)
 
 
-def _cut(u: Tensor, groups: int, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
+def _cut(u: Tensor, groups: int, d_state: int, split: Split) -> tuple[Chunks, Tensor, Tensor]:
     """The chunks, and where there are several the states with which they begin and their sums of Δ."""
     batch, channels, length = u.shape
-    chunks = cut(*_grid(u, groups, Chunks(1, 0)), -(-length // STEPS), multiprocessors(u.device))
+    most = length + split.steps - split.steps // split.classes
+    chunks = cut(*_grid(u, groups, Chunks(1, 0), split), -(-most // STEPS), multiprocessors(u.device))
     if chunks.count == 1:
         none = u.new_empty(0, dtype=torch.float32)
         return chunks, none, none
@@ -650,7 +773,7 @@ def _carry(chunks: Chunks, values: Tensor, reach: Tensor, A: Tensor, initial: Te
 
 
 def _sizes(u: Tensor, groups: int, chunks: Chunks) -> tuple[int, ...]:
-    return u.shape[2], -(-u.shape[2] // STEPS), groups, chunks.count, chunks.tiles
+    return u.shape[2], u.shape[0], groups, chunks.count, chunks.tiles
 
 
 def _constants(
@@ -663,8 +786,10 @@ def _constants(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    split: Split,
 ) -> dict[str, int | bool]:
-    vector = next((v for v in VECTORS if u.shape[2] % v == 0), VECTORS[0])
+    shifted = split.classes > 1
+    vector = VECTORS[0] if shifted else next((v for v in VECTORS if u.shape[2] % v == 0), VECTORS[0])
     return {
         "D": u.shape[1] // B.shape[1],
         "N": A.shape[1],
@@ -676,6 +801,8 @@ def _constants(
         "HAS_BIAS": delta_bias is not None,
         "SOFTPLUS": delta_softplus,
         "ALIGNED": u.shape[2] % vector == 0,
+        "CLASSES": split.classes,
+        "PER": split.steps,
         "FULL": u.shape[2] % STEPS == 0,
         "EXACT": torch.float32 in (u.dtype, delta.dtype, B.dtype, C.dtype),
     }

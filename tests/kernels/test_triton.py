@@ -173,13 +173,18 @@ SMALL_1D = [
     Case1d(FLOAT32, 196, 5, 1, 1, "bs"),
     Case1d(BF16, 35, 10, 3, 2, "Dzbsl"),
     Case1d(FP16, 64, 5, 3, 1, "Dzbsl"),
+    # Rows that begin anywhere in a sector: two classes of channels, four of them, and sixteen.
+    Case1d(FLOAT32, 52, 40, 1, 1, "Dzbsl"),
+    Case1d(BF16, 44, 64, 1, 2, "Dzbsl"),
+    Case1d(FP16, 20, 128, 2, 2, "bs"),
+    Case1d(BF16, 37, 256, 1, 1, ""),
 ]
 FULL_1D = itertools.starmap(
     Case1d,
     pairwise(
         (FLOAT32, BF16, FP16),
-        (1, 7, 63, 64, 65, 196, 784, 2352, 3136),
-        (5, 33, 100, 192),
+        (1, 7, 63, 64, 65, 196, 588, 784, 2352, 3136),
+        (5, 33, 100, 192, 256),
         (1, 3, 8, 16),
         (1, 2, 4),
         OPTIONS,
@@ -320,7 +325,9 @@ def test_long_memory(make_1d, assert_exact, device, length, d_state):
     assert_exact(scan_and_last, to(arguments, device), steps=length)
 
 
-@pytest.mark.parametrize("device, size", on_devices([(2, 6, 70)], [(2, 6, 300), (64, 36, 785), (1, 4, 4000)]))
+@pytest.mark.parametrize(
+    "device, size", on_devices([(2, 6, 70), (1, 64, 52)], [(2, 6, 300), (64, 36, 785), (3, 192, 588), (1, 4, 4000)])
+)
 @pytest.mark.parametrize("name", ["u", "delta", "B", "C"])
 def test_1d_nan_stays_behind_the_recurrence(make_1d, outputs_and_gradients, device, size, name):
     arguments = to(make_1d(*size, d_state=2, groups=2, dtype=FLOAT32, grad=False), device)
@@ -457,6 +464,12 @@ def test_chunks_of_several_tiles_and_sequences_of_several_lengths(monkeypatch, m
     routes = (("row", 0), ("colR", 0), ("col", 2), ("rowR", 0))  # two, one and one; no route with the set 1
     scan = partial(selective_scan_2d, routes=routes, carry_state=True)
     assert_exact(scan, to(make_2d(1, 6, 7, 5, 2, 2, 3, FLOAT32, grad=False), device))
+
+
+@devices
+def test_chunks_of_rows_that_begin_anywhere_in_a_sector(monkeypatch, make_1d, assert_exact, device):
+    cut_into(monkeypatch, 2)
+    assert_exact(scan_and_last, to(make_1d(1, 40, 84, 2, dtype=FLOAT32, grad=False), device))
 
 
 @devices
