@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -18,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from msv.models import TimmModel
 from msv.tasks.checkpoint import check_architecture, load_pretrained
 from msv.tasks.finite import FiniteLatch
+from msv.tasks.optimizer import adamw
 from msv.tasks.schedule import accumulation, check_accumulation_free, check_epochs, check_mixing, warmup_cosine
 
 log = logging.getLogger(__name__)
@@ -161,13 +161,10 @@ class Classification(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the published parameter groups, and a cosine a step after linear warm-up."""
-        no_weight_decay = getattr(self.network, "no_weight_decay", set)
         scale = self.actual_lr() / self.lr
-        groups = param_groups_weight_decay(self.network, self.weight_decay, no_weight_decay_list=no_weight_decay())
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.actual_lr(), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
-            fused=self._can_fuse(),
-        )  # fmt: skip
+        optimizer = adamw(
+            self.network, self.actual_lr(), self.weight_decay, self.betas, self.eps, fused=self._can_fuse()
+        )
         scheduler = warmup_cosine(
             optimizer,
             steps=int(self.trainer.estimated_stepping_batches),
