@@ -54,6 +54,8 @@ class Classification(pl.LightningModule):
         cutmix: Alpha of cutmix; 0 turns it off.
         mixup_prob: Probability that a batch is mixed at all.
         mixup_switch_prob: Probability of cutmix when both are on.
+        compile: Whether the network runs compiled, by torch.compile with its defaults. Names in checkpoints, and which
+            run a grid takes for the same, are as without.
 
     Raises:
         ValueError: A value outside its range, or pretrained weights that do not fit the network.
@@ -81,6 +83,7 @@ class Classification(pl.LightningModule):
         cutmix: float = 0.0,
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -119,6 +122,8 @@ class Classification(pl.LightningModule):
             self.network = network(in_chans, num_classes)
         self.network_factory = network
         self.head_left_out = pretrained is not None and load_pretrained(self.network, pretrained, drop_head)
+        if compile:
+            self.network.compile()  # in place, so that the module and its names stay
         self.mix = self.configure_mixup()
         self.train_loss = self.configure_loss()
         self.eval_loss = nn.CrossEntropyLoss()
@@ -226,8 +231,11 @@ class Classification(pl.LightningModule):
         torch.manual_seed(int(state[2]))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check labels while they are still on the host; on a GPU a bad one would only fail an assertion."""
-        if not self.trainer.predicting and len(batch) == 2:
+        """Check labels while they are still on the host; on a GPU a bad one would only fail an assertion.
+
+        Data that lies on the GPU has had its labels checked when it was read; to look at them now would wait for it.
+        """
+        if not self.trainer.predicting and len(batch) == 2 and batch[1].device.type == "cpu":
             labels = batch[1]
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.num_classes:
@@ -265,7 +273,8 @@ class Classification(pl.LightningModule):
     ) -> None:
         """Clip by norm without Lightning's check, which refuses a fused optimizer under bf16-mixed needlessly."""
         if self.trainer.precision == "bf16-mixed" and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(trained, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
