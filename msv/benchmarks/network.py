@@ -32,6 +32,7 @@ from .networks import (
     file_stem,
     make_step,
     measure_step,
+    say,
 )  # fmt: skip
 
 NETWORKS = ("msvmamba_nano", "msvmamba_micro", "msvmamba_tiny", "vmamba_tiny", SWIN, "convnext_tiny")
@@ -67,20 +68,19 @@ def main(argv: Sequence[str]) -> int:
         kept, where = store(Path(options.out), device, options.quick), here(device)
         todo = missing(cases, kept, where, options.again)
         if len(todo) < len(cases):
-            _say(console, f"{len(cases) - len(todo)} rows are finished and skipped; --again measures them anew")
-        names = ("only", "task", "mode", "precision", "batch", "size", "device", "threads", "quick")
-        again = command("network", {n: v for n in names if (v := getattr(options, n)) != _parser().get_default(n)})
+            say(console, f"{len(cases) - len(todo)} rows are finished and skipped; --again measures them anew")
+        again = command("network", options, _parser())
         effort = QUICK if options.quick else ON_GPU if device.type == "cuda" else ON_CPU
         rows = measure(todo, lambda case: measure_case(case, device, effort), device, kept, where, again)
         for count, row in enumerate(rows, 1):
             found = f"failed: {row['error']}" if row["status"] == FAILED else f"{float(row['images_per_s']):,.1f} img/s"
-            _say(console, f"{count}/{len(todo)} {row['model']}, {row['task']}, {row['mode']}: {found}")
+            say(console, f"{count}/{len(todo)} {row['model']}, {row['task']}, {row['mode']}: {found}")
     asked = [case.columns.items() for case in cases]
     shown = [row for row in kept.read() if place(row) == tuple(where.values())]
     console.print(table(shown, where))
     for line in [] if options.quick else verdicts(shown):
-        _say(console, line)
-    _say(console, f"written to {kept.path}")
+        say(console, line)
+    say(console, f"written to {kept.path}")
     return int(any(row["status"] == FAILED and any(case <= row.items() for case in asked) for row in shown))
 
 
@@ -178,10 +178,6 @@ def ratio_to_reference(row: Row, rows: Sequence[Row]) -> float | None:
     return speed / reference if speed and reference else None
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cli.py benchmark network",
@@ -193,5 +189,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these models alone; swin_tiny will do")
     parser.add_argument("--batch", type=int, metavar="N", help=f"images of a step (default: 128; on a CPU {CPU_BATCH})")
     parser.add_argument("--size", type=int, metavar="N", help="their side (default: 224)")
+    parser.add_argument("--task", nargs="+", choices=TASKS, help="one of them alone")
     add_options(parser)
     return parser

@@ -1,11 +1,12 @@
 """What the benchmarks of whole networks have in common: the networks, their rows, the options of the commands."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from msv.comparison.systems import create
 from msv.profiling.measuring import Effort, time_call
@@ -83,12 +84,12 @@ def measure_step(case: Case, device: torch.device, effort: Effort) -> dict[str, 
     }
 
 
-def add_options(parser: argparse.ArgumentParser, folder: str = "results/benchmarks") -> None:
+def add_options(parser: argparse.ArgumentParser, modes: Sequence[str] = tuple(MODES)) -> None:
     """Options that these commands share."""
+    folder = "results/benchmarks"
     parser.add_argument("--out", default=folder, metavar="DIR", help="where files are written (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    parser.add_argument("--mode", nargs="+", choices=tuple(MODES), help="graphs: compiled, with CUDA graphs")
-    parser.add_argument("--task", nargs="+", choices=TASKS, help="one of them alone")
+    parser.add_argument("--mode", nargs="+", choices=tuple(modes), help="graphs: compiled, with CUDA graphs")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: bf16; on a CPU float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured on this very machine")
@@ -116,13 +117,16 @@ def file_stem(name: str, device: torch.device, quick: bool) -> str:
     return f"{name}_{device.type}{'_quick' if quick else ''}"
 
 
-def command(name: str, options: Mapping[str, Any]) -> str:
+def command(name: str, options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """What measures the rows again, without the folders of this machine."""
     words = [f"python cli.py benchmark {name}"]
-    for option, value in options.items():
-        if value is True:
-            words.append(f"--{option}")
-        elif value not in (None, False, [], ()):
-            values = value if isinstance(value, (list, tuple)) else [value]
+    for option, value in vars(options).items():
+        if option not in ("out", "again") and value != parser.get_default(option):
+            values = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{option}", *map(str, values)]
     return " ".join(words)
+
+
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -132,6 +132,8 @@ class Classification(pl.LightningModule):
         self.test_metrics = metrics.clone(prefix="test_")
         self.latch = FiniteLatch()
         self._accumulate: int | None = None  # batches of one step, where this task chose it
+        self._loss = self._loss_sum = torch.zeros(())
+        self._images = 0
 
     # What a task of another kind would replace.
 
@@ -224,11 +226,15 @@ class Classification(pl.LightningModule):
             check_accumulation_free(trainer.accumulate_grad_batches, None, self.global_batch_size)
 
     def on_train_epoch_start(self) -> None:
-        """Seed mixup, drop path and dropout from (seed, epoch, rank), so that a resumed run equals a straight one."""
+        """Seed mixup, drop path and dropout from (seed, epoch, rank), so that a resumed run equals a straight one.
+
+        The epoch's mean loss begins, too, which stays on the device.
+        """
         state = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank]).generate_state(3)
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))
         torch.manual_seed(int(state[2]))
+        self._loss_sum, self._images = torch.zeros((), device=self.device), 0
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check labels while they are still on the host; on a GPU a bad one would only fail an assertion.
@@ -254,16 +260,26 @@ class Classification(pl.LightningModule):
             images, targets = self.mix(images, labels)
         loss = self.train_loss(self(images), targets)
         self.latch.update(self.global_step, loss, images)
-        size = len(images)
-        self.log("train_loss_step", loss.detach(), batch_size=size)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self._loss = loss.detach()
+        self._loss_sum, self._images = self._loss_sum + self._loss * len(images), self._images + len(images)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Read the latch now and then, and before anything is made of an epoch's weights."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.is_last_batch or (batch_idx + 1) % max(every, 1) == 0:
-            self.latch.check()
+        """Read and log now and then, and before anything is made of an epoch's weights.
+
+        At every step, to log takes the host as long as to launch a small network.
+        """
+        trainer = self.trainer
+        ends = trainer.is_last_batch or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not ends and (batch_idx + 1) % max(every, 1):
+            return
+        self.latch.check()
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({"train_loss_step": self._loss.item()}, step=trainer.global_step - 1)
+        if ends:
+            mean = self._loss_sum / self._images
+            self.log("train_loss", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
