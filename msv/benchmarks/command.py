@@ -7,6 +7,7 @@ from importlib import import_module
 BENCHMARKS = {
     "scan": ("msv.profiling.benchmark", "the scan's time and memory"),
     "network": ("msv.benchmarks.network", "a training step and inference of whole networks, beside Swin and ConvNeXt"),
+    "scaling": ("msv.benchmarks.scaling", "images a second against batch and image size, with a plot"),
     "loop": ("msv.benchmarks.loop", "what the training loop adds to a step"),
 }
 """Modules whose `main` takes the arguments, and what they measure."""

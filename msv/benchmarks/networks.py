@@ -102,7 +102,7 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     Raises:
         ValueError: there is no GPU for `cuda`, or `--threads`, `--batch` or `--size` is too small.
     """
-    for name, least in (("threads", 1), ("batch", 1), ("size", 32)):
+    for name, least in (("threads", 1), ("batch", 1), ("batches", 1), ("size", 32), ("sizes", 32)):
         value = getattr(options, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < least:
