@@ -8,7 +8,7 @@ COMMANDS = {
     "keep": "msv.publishing.keep",
     "profile": "msv.ablation.profiles",
     "compare": "msv.comparison.command",
-    "benchmark": "msv.profiling.benchmark",
+    "benchmark": "msv.benchmarks.command",
     "convert": "msv.models.convert",
     "cell": "msv.ablation.cell",
 }

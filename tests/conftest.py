@@ -28,6 +28,14 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture
+def where() -> dict[str, str]:
+    """A place of measurement, as kept rows have it."""
+    from msv.kept import ENVIRONMENT
+
+    return {name: "1" if name == "threads" else f"a {name}" for name in ENVIRONMENT}
+
+
 class CfgNode(dict):
     """Stands in for yacs', which keeps its flags in the instance and its values in the dict."""
 

@@ -31,6 +31,7 @@ _TRAINER_LEFT_OUT = frozenset(
 _DATA_LEFT_OUT = frozenset(
     {"root", "download", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "predict_paths"}
 )
+_MODEL_LEFT_OUT = frozenset({"compile"})
 # Callbacks that watch a run or save it; any other may change what is trained, and counts.
 _WATCHING_CALLBACKS = frozenset(
     {
@@ -92,10 +93,10 @@ def get_path(config: Mapping[str, Any], key: str) -> Any:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Eight hex digits of what a run trains: the resolved config in canonical JSON.
 
-    Left out are paths and the settings of devices, processes, logs and progress bars: the same training elsewhere has
-    the same hash. The seed counts as ``seed_everything``, not as the copies that follow it in the data and the model.
-    Of ``model.init_args.pretrained`` the file's name counts, not its folder. Key order, tuple or list, and 1 or 1.0
-    make no difference.
+    Left out are paths and the settings of devices, processes, compilation, logs and progress bars: the same training
+    elsewhere has the same hash. The seed counts as ``seed_everything``, not as the copies that follow it in the data
+    and the model. Of ``model.init_args.pretrained`` the file's name counts, not its folder. Key order, tuple or list,
+    and 1 or 1.0 make no difference.
 
     Args:
         config: resolved, as plain dicts and lists.
@@ -111,7 +112,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
         counted["trainer"] = {
             key: value for key, value in trainer.items() if key not in _TRAINER_LEFT_OUT and value is not None
         }
-    for section, left_out in (("data", _DATA_LEFT_OUT | {"seed"}), ("model", frozenset({"seed"}))):
+    for section, left_out in (("data", _DATA_LEFT_OUT | {"seed"}), ("model", _MODEL_LEFT_OUT | {"seed"})):
         part = counted.get(section)
         if isinstance(part, dict) and isinstance(part.get("init_args"), dict):
             part["init_args"] = {key: value for key, value in part["init_args"].items() if key not in left_out}

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from msv.ablation.profile_tables import FORMATS, Line
+from msv.ablation.step_trace import MODES, PRECISIONS, trace_step
 from msv.ablation.subjects import GRIDS, subjects
 from msv.files import shipped_grids, write_atomic
 from msv.models import PRESETS
@@ -31,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = _size(options)
     named = [*options.models, *options.model]
     style = _format(options)
+    if options.trace is not None:
+        return trace_step(named, size, style, options)
     console, status = Console(soft_wrap=True, markup=False, highlight=False), Console(stderr=True)
-    batch = options.batch_size if options.memory else None
+    batch = (options.batch_size or 1) if options.memory else None
     lines = []
     with status.status("counting") as spinner:
         for subject in subjects(named):
@@ -62,7 +65,7 @@ def _size(options: argparse.Namespace) -> tuple[int, int]:
     if min(height, width) < MIN_SIZE:
         given = f"--size is {height} {width}" if options.size else f"--image_size is {height}"
         raise ValueError(f"{given}; expected {'both sides ' * bool(options.size)}{MIN_SIZE} or more")
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch_size is {options.batch_size}; expected 1 or more")
     return height, width
 
@@ -108,7 +111,22 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the peak memory of a forward and backward pass in float32 on this machine; on a CPU this takes "
         "minutes for the large models",
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="images of that batch (default: 1)")
+    parser.add_argument(
+        "--batch_size", type=int, help="images of that batch (default: 1; with --trace 128, on a CPU 8)"
+    )
+    traced = parser.add_argument_group("where a step goes")
+    traced.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="instead of counting, run one model's training step, write a Chrome trace to FILE (.json or .json.gz), "
+        "and show how the time falls to families of kernels",
+    )
+    traced.add_argument("--inference", action="store_true", help="a forward in evaluation mode instead")
+    traced.add_argument("--mode", choices=MODES, default="eager", help="compiled; or graphs, with CUDA graphs, too")
+    traced.add_argument("--precision", choices=PRECISIONS, help="default: bf16; on a CPU float32")
+    traced.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    traced.add_argument("--steps", type=int, default=3, metavar="N", help="steps that are profiled (default: 3)")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--format", choices=list(FORMATS), help="default: the one of --out's name, else table")
     formats.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")

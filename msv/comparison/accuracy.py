@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from msv.data.image_folder import FolderImages
+from msv.kept import Kept, Row, place
 from msv.models import PRESETS
 from msv.tasks.checkpoint import load_pretrained
 
-from .kept import Kept, Row, place
 from .systems import MODELS, TABLE_1_MODELS, create, find, order
 
 log = logging.getLogger(__name__)

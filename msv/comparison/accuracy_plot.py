@@ -4,10 +4,10 @@ import io
 from collections.abc import Sequence
 
 from msv.ablation.plots import Point, label_points
+from msv.kept import number
 
 from .accuracy import VAL_IMAGES
 from .accuracy_table import Table1Row
-from .kept import number
 
 _COLOURS = (
     "dimgray", "tab:brown", "darkgoldenrod", "tab:purple", "tab:blue", "darkcyan", "tab:green", "tab:red",

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msv.ablation.markdown import NONE, fixed, pipe_table
+from msv.kept import Filter, Row, every, number
 
 from . import accuracy
-from .kept import Filter, Row, every, number
 from .pages import COMMAND, as_csv, page, told_place
 from .systems import SYSTEMS, System, counts
 

@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from msv.kept import here
+from msv.profiling.measuring import missing
+
 from . import accuracy, throughput
-from .kept import here
 from .pages import COMMAND
 from .systems import MODELS, find
 from .write import write_all
@@ -70,7 +72,7 @@ def _measure(options: argparse.Namespace, only: list[str] | None, device: torch.
     on_gpu = device.type == "cuda"
     cases = throughput.plan(on_gpu, options.batch, options.size, only, options.precision, options.mode)
     kept, where = throughput.store(options.out), here(device)
-    todo = throughput.missing(cases, kept, where, options.again)
+    todo = missing(cases, kept, where, options.again)
     console.print(
         f"throughput on {_told(device)}: {len(cases)} rows of batch {cases[0].batch}, {options.size}×{options.size}"
     )

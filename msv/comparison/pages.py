@@ -5,8 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 from msv.ablation.markdown import machine
-
-from .kept import ENVIRONMENT
+from msv.kept import ENVIRONMENT
 
 COMMAND = "python cli.py compare"
 

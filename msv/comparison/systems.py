@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -119,14 +120,18 @@ def order(model: str) -> int:
     return first.index(model) if model in first else len(first) + list(MODELS).index(model)
 
 
-def create(model: str) -> nn.Module:
-    """The network of a model of `MODELS` for 1000 classes, with random weights."""
-    return timm.create_model(MODELS[model].model or model, num_classes=1000)
+def create(model: str, image_size: int = 224) -> nn.Module:
+    """The network of a model of `MODELS` for 1000 classes and square images, with random weights."""
+    name = MODELS[model].model or model
+    config = timm.get_pretrained_cfg(name)
+    # Some of timm's build tables for one size; those of others take any.
+    sized: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    return timm.create_model(name, num_classes=1000, **sized)
 
 
 @cache
 def counts(model: str, image_size: int = 224) -> Counts:
     """Parameters and FLOPs of a model of `MODELS` for one image with 1000 classes; no memory is filled for it."""
     with torch.device("meta"):
-        network = create(model)
+        network = create(model, image_size)
     return count(network, image_size=image_size)

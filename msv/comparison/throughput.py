@@ -1,21 +1,19 @@
 """Images a second of the systems in inference, row by row (Table 6), and the memory that they need for it."""
 
-import gc
 import itertools
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from msv.ablation.paper import TABLE_6
-from msv.profiling.batches import turns
-from msv.profiling.timing import Work, call_seconds, nbytes, peak_memory
+from msv.kept import Kept, Row
+from msv.profiling import measuring
+from msv.profiling.measuring import Effort, time_call
+from msv.profiling.steps import inference_step, random_images
+from msv.profiling.timing import peak_memory
 
-from .kept import Kept, Row, place
 from .systems import COMPILED_TOO, MODELS, create, order
 
 PRECISIONS = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,23 +60,6 @@ class Case:
         return f"{self.model}, {self.precision}, {self.mode}"
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long a row is measured.
-
-    Attributes:
-        calls: forwards of a turn, one after another, so that the host can run ahead of a GPU as it does in use.
-        turns: at most; three at least.
-        seconds: after which no further turn begins.
-        warmup: calls before anything is timed, in which kernels are compiled and loaded.
-    """
-
-    calls: int
-    turns: int
-    seconds: float
-    warmup: int
-
-
 ON_GPU = Effort(calls=10, turns=20, seconds=10.0, warmup=3)
 ON_CPU = Effort(calls=1, turns=5, seconds=10.0, warmup=0)
 
@@ -116,22 +97,6 @@ def plan(
     return cases
 
 
-def missing(cases: Sequence[Case], kept: Kept, where: dict[str, str], again: bool = False) -> list[Case]:
-    """The cases that have no finished row from this very place; those that failed here come last.
-
-    A case that takes the whole process with it must not keep the others from being measured.
-    """
-    if again:
-        return list(cases)
-    at_hand = [row for row in kept.read() if place(row) == tuple(where.values())]
-
-    def state(case: Case) -> str | None:
-        return next((row["status"] for row in at_hand if case.columns.items() <= row.items()), None)
-
-    states = {case: state(case) for case in cases}
-    return sorted((case for case in cases if states[case] != "done"), key=lambda case: states[case] == "failed")
-
-
 def measure(
     cases: Sequence[Case],
     device: torch.device,
@@ -145,69 +110,22 @@ def measure(
     Raises:
         OSError: a row cannot be written; or the GPU is of no use to this process any more.
     """
-    for case in cases:
-        found: dict[str, Any] = {"status": "done", "error": None}
-        try:
-            found |= measure_case(case, device, effort)
-        except Exception as error:  # compilers and drivers raise dozens of kinds, and none may stop the other rows
-            found |= {"status": "failed", "error": _one_line(error)}
-        yield kept.put({**case.columns, **found, "command": command}, where)
-        _forget(device, case)
+    return measuring.measure(cases, lambda case: measure_case(case, device, effort), device, kept, where, command)
 
 
-@torch.inference_mode()
 def measure_case(case: Case, device: torch.device, effort: Effort) -> dict[str, float | int]:
     """Times the forward of one case on random images and measures its memory; returns those columns.
 
     Weights and images are in the case's precision, as timm's own benchmark has them; the scan keeps its states in
     float32 in any of them.
     """
-    dtype = PRECISIONS[case.precision]
-    network = create(case.model).eval().to(device, dtype)
-    images = torch.randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype)
-    weights = nbytes(*network.parameters(), *network.buffers())
-    forward: Callable[..., Any] = torch.compile(network) if case.mode == "compiled" else network
-    work = partial(forward, images)
-    for _ in range(effort.warmup):
-        work()
-    seconds = turns(
-        {"forward": partial(_repeat, work, effort.calls)},
-        lambda batches: {name: call_seconds(batch, device) for name, batch in batches.items()},
-        effort.turns,
-        effort.seconds,
-    )["forward"]
-    one = [value / effort.calls for value in seconds]
-    median = statistics.median(one)
+    network = create(case.model, case.size).to(device, PRECISIONS[case.precision])
+    step = inference_step(network, random_images(network, case.batch, case.size), case.mode)
+    found = time_call(step.work, device, effort)
     return {
-        "images_per_s": case.batch / median,
-        "forward_ms": 1e3 * median,
-        "forward_min_ms": 1e3 * min(one),
-        "turns": len(one),
-        "peak_bytes": weights + nbytes(images) + peak_memory(work, device),
+        "images_per_s": case.batch / found.median,
+        "forward_ms": 1e3 * found.median,
+        "forward_min_ms": 1e3 * found.minimum,
+        "turns": found.turns,
+        "peak_bytes": step.held_bytes + peak_memory(step.work, device),
     }
-
-
-def _repeat(work: Work, calls: int) -> None:
-    for _ in range(calls):
-        work()
-
-
-def _forget(device: torch.device, case: Case) -> None:
-    """Give back what a case left: compiled code, memory."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except RuntimeError as error:
-        raise OSError(
-            f"after {case} the GPU is of no use to this process ({_one_line(error)}); run the same command again: it "
-            "skips what is finished and tries that row last"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from msv.ablation.markdown import NONE, fixed, pipe_table
 from msv.ablation.paper import TABLE_6
+from msv.kept import ENVIRONMENT, Filter, Row, every, number, place
 
 from . import throughput
-from .kept import ENVIRONMENT, Filter, Row, every, number, place
 from .pages import as_csv, page, told_place
 from .systems import MODELS, REFERENCE, order
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from msv.files import write_atomic
+from msv.kept import Filter, every, here
 
 from . import accuracy_table, architecture_table, throughput_table
 from .accuracy_plot import figure_1
-from .kept import Filter, every, here
 
 
 def write_all(out: Path, takes: Filter = every) -> list[Path]:

@@ -198,16 +198,22 @@ class ImageData(LightningDataModule, ABC):
             )
         return sampler
 
+    def _keep_on_device(self, dataset: ImageSet) -> bool:
+        """Puts a data set on the training's device, where that can be; returns whether it is a GPU's now."""
+        return False
+
     def _loader(self, dataset: ImageSet, sampler: EpochSampler | ShardSampler, drop_last: bool = False) -> DataLoader:
+        on_gpu = self._keep_on_device(dataset)
+        workers = 0 if on_gpu else self.num_workers
         return EpochLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=self.collate,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            pin_memory=self.pin_memory and torch.cuda.is_available() and not on_gpu,
             drop_last=drop_last,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             # Its own generator: an iterator draws a base seed, which must not move the training's random state.
             generator=generator(WORKERS, self.seed),
         )

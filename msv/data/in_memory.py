@@ -33,12 +33,11 @@ class ShiftFlip:
     def __call__(self, images: Tensor, epochs: Any, indices: Any) -> Tensor:
         """Augments images (B, C, S, S) in [0, 1], whose draws are keyed by (seed, epoch, index), arrays (B,)."""
         batch, channels, size, _ = images.shape
-        draws = torch.from_numpy(
-            uniform(AUGMENT, self.seed, epochs[:, None], indices[:, None], torch.arange(3).numpy())
-        )
+        keyed = uniform(AUGMENT, self.seed, epochs[:, None], indices[:, None], torch.arange(3).numpy())
+        draws = on_device(torch.from_numpy(keyed), images.device)
         margin = int(self.max_shift * size)
         offsets = (draws[:, :2] * (2 * margin + 1)).long()  # (B, 2), from 0 to 2 margin
-        line = torch.arange(size)
+        line = torch.arange(size, device=images.device)
         rows = offsets[:, :1] + line  # (B, S), in the padded image
         columns = offsets[:, 1:] + torch.where(draws[:, 2:] < self.hflip, line.flip(0), line)
         padded = F.pad(images, (margin,) * 4)
@@ -78,19 +77,30 @@ class TensorImages(ImageSet):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the images; batches are made and given out where they lie."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+
     def __getitems__(self, batch: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """A whole batch, (images float32 (B, C, S, S), labels (B,)); the DataLoader calls this where it exists."""
         epochs, indices = split_index(batch)
-        images = self.images[torch.from_numpy(indices)].float() / 255
+        chosen = on_device(torch.from_numpy(indices), self.images.device)
+        images = self.images[chosen].float() / 255
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp_(0, 1)
         if self.augment is not None:
             images = self.augment(images, epochs, indices)
-        return (images - self.mean) / self.std, self.labels[torch.from_numpy(indices)]
+        return (images - self.mean) / self.std, self.labels[chosen]
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; a GPU is not waited for, which page-locked memory takes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -108,7 +118,10 @@ class Labelled:
 
 
 class InMemoryData(ImageData):
-    """Base of the data modules that hold their images in memory.
+    """Base of the data modules that hold their images in memory: the GPU's where one GPU or several train.
+
+    On a GPU its own process picks, resizes and augments whole batches there, with the draws that a CPU would make, and
+    neither workers nor page-locked copies are needed.
 
     A subclass fills in `read` and sets `mean` and `std`, beside what `ImageData` asks for.
 
@@ -197,6 +210,12 @@ class InMemoryData(ImageData):
     def augmentation(self) -> dict[str, Any]:
         """Settings of `ShiftFlip`."""
         return {"max_shift": self.max_shift, "hflip": self.hflip}
+
+    def _keep_on_device(self, dataset: ImageSet) -> bool:
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if isinstance(dataset, TensorImages):
+            dataset.to(device if device.type == "cuda" else torch.device("cpu"))
+        return device.type == "cuda"
 
     def _images(self, images: Tensor, labels: Tensor, augment: ShiftFlip | None = None) -> TensorImages:
         return TensorImages(images, labels, self.image_size, self.mean, self.std, augment)

@@ -4,8 +4,7 @@ import argparse
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from msv.files import write_atomic
 from msv.provenance import environment
 
 from . import mamba_cuda, scan_cpu, scan_gpu, scan_gpu_bars, scan_gpu_cases
+from .timing import torch_threads
 
 Rows = Sequence[dict[str, Any]]
 
@@ -44,7 +44,7 @@ class Benchmark:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with the arguments after `benchmark`; returns the exit status, 1 if a row could not be measured.
+    """Runs the command with the arguments after `scan`; returns the exit status, 1 if a row could not be measured.
 
     Raises:
         ValueError: an option does not fit: there is no GPU for `--device cuda`, no row for `--only`, no rival in
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 190)  # a file or a pipe has room for the table
-    with _threads(options.threads):
+    with torch_threads(options.threads):
         found: dict[str, Any] = {**environment(name), "cuda": torch.version.cuda}
         kernels = name == "cuda" or (options.quick and os.environ.get("TRITON_INTERPRET") == "1")
         benchmark = gpu_benchmark(options, torch.device(name), console) if kernels else cpu_benchmark(options)
@@ -145,36 +145,23 @@ def _format(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cli.py benchmark", description="Measures what msv costs on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    scan = commands.add_parser(
-        "scan",
-        help="the scan's time and memory",
+    parser = argparse.ArgumentParser(
+        prog="cli.py benchmark scan",
         description="The scan's time and memory: on a GPU its kernels, beside a copy of the same bytes, the parallel "
         "scan and Mamba's CUDA kernel; on a CPU the parallel scan, beside what surrounds it in a training step.",
     )
-    scan.add_argument("--out", default="results/benchmarks", metavar="DIR", help="where scan_<device>.csv is written")
-    scan.add_argument(
+    parser.add_argument("--out", default="results/benchmarks", metavar="DIR", help="where scan_<device>.csv is written")
+    parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU where there is one"
     )
-    scan.add_argument(
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="tiny sizes, no bars: only to see that everything runs; on a CPU with TRITON_INTERPRET=1 the GPU's table",
     )
-    scan.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's own choice)")
-    gpu = scan.add_argument_group("of the GPU's table")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's own choice)")
+    gpu = parser.add_argument_group("of the GPU's table")
     gpu.add_argument("--only", nargs="+", default=(), metavar="PART", help="rows whose name contains one of these")
     gpu.add_argument("--backend", choices=("triton", "auto", "parallel"), help="what is timed (default: triton)")
     gpu.add_argument(

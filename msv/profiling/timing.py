@@ -4,7 +4,8 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,17 @@ def peak_memory(work: Work, device: torch.device) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """As many CPU threads of torch as that, for a while; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def nbytes(*tensors: Tensor) -> int:

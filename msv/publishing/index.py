@@ -11,8 +11,8 @@ from msv.ablation.paper import CONFOUNDED
 from msv.ablation.rows import Table
 from msv.ablation.tables import load_table
 from msv.comparison import accuracy, throughput
-from msv.comparison.kept import Row
 from msv.files import write_atomic
+from msv.kept import Row
 from msv.publishing.guard import row_problem
 
 MEASURED, COUNTED, COMPARED, TIMED = "measured", "counted", "comparison", "benchmarks"

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -18,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from msv.models import TimmModel
 from msv.tasks.checkpoint import check_architecture, load_pretrained
 from msv.tasks.finite import FiniteLatch
+from msv.tasks.optimizer import adamw
 from msv.tasks.schedule import accumulation, check_accumulation_free, check_epochs, check_mixing, warmup_cosine
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Classification(pl.LightningModule):
         cutmix: Alpha of cutmix; 0 turns it off.
         mixup_prob: Probability that a batch is mixed at all.
         mixup_switch_prob: Probability of cutmix when both are on.
+        compile: Whether the network runs compiled, by torch.compile with its defaults. Names in checkpoints, and which
+            run a grid takes for the same, are as without.
 
     Raises:
         ValueError: A value outside its range, or pretrained weights that do not fit the network.
@@ -81,6 +83,7 @@ class Classification(pl.LightningModule):
         cutmix: float = 0.0,
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -119,6 +122,8 @@ class Classification(pl.LightningModule):
             self.network = network(in_chans, num_classes)
         self.network_factory = network
         self.head_left_out = pretrained is not None and load_pretrained(self.network, pretrained, drop_head)
+        if compile:
+            self.network.compile()  # in place, so that the module and its names stay
         self.mix = self.configure_mixup()
         self.train_loss = self.configure_loss()
         self.eval_loss = nn.CrossEntropyLoss()
@@ -127,6 +132,8 @@ class Classification(pl.LightningModule):
         self.test_metrics = metrics.clone(prefix="test_")
         self.latch = FiniteLatch()
         self._accumulate: int | None = None  # batches of one step, where this task chose it
+        self._loss = self._loss_sum = torch.zeros(())
+        self._images = 0
 
     # What a task of another kind would replace.
 
@@ -161,13 +168,10 @@ class Classification(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the published parameter groups, and a cosine a step after linear warm-up."""
-        no_weight_decay = getattr(self.network, "no_weight_decay", set)
         scale = self.actual_lr() / self.lr
-        groups = param_groups_weight_decay(self.network, self.weight_decay, no_weight_decay_list=no_weight_decay())
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.actual_lr(), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
-            fused=self._can_fuse(),
-        )  # fmt: skip
+        optimizer = adamw(
+            self.network, self.actual_lr(), self.weight_decay, self.betas, self.eps, fused=self._can_fuse()
+        )
         scheduler = warmup_cosine(
             optimizer,
             steps=int(self.trainer.estimated_stepping_batches),
@@ -222,15 +226,22 @@ class Classification(pl.LightningModule):
             check_accumulation_free(trainer.accumulate_grad_batches, None, self.global_batch_size)
 
     def on_train_epoch_start(self) -> None:
-        """Seed mixup, drop path and dropout from (seed, epoch, rank), so that a resumed run equals a straight one."""
+        """Seed mixup, drop path and dropout from (seed, epoch, rank), so that a resumed run equals a straight one.
+
+        The epoch's mean loss begins, too, which stays on the device.
+        """
         state = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank]).generate_state(3)
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))
         torch.manual_seed(int(state[2]))
+        self._loss_sum, self._images = torch.zeros((), device=self.device), 0
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check labels while they are still on the host; on a GPU a bad one would only fail an assertion."""
-        if not self.trainer.predicting and len(batch) == 2:
+        """Check labels while they are still on the host; on a GPU a bad one would only fail an assertion.
+
+        Data that lies on the GPU has had its labels checked when it was read; to look at them now would wait for it.
+        """
+        if not self.trainer.predicting and len(batch) == 2 and batch[1].device.type == "cpu":
             labels = batch[1]
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.num_classes:
@@ -249,16 +260,26 @@ class Classification(pl.LightningModule):
             images, targets = self.mix(images, labels)
         loss = self.train_loss(self(images), targets)
         self.latch.update(self.global_step, loss, images)
-        size = len(images)
-        self.log("train_loss_step", loss.detach(), batch_size=size)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self._loss = loss.detach()
+        self._loss_sum, self._images = self._loss_sum + self._loss * len(images), self._images + len(images)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Read the latch now and then, and before anything is made of an epoch's weights."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.is_last_batch or (batch_idx + 1) % max(every, 1) == 0:
-            self.latch.check()
+        """Read and log now and then, and before anything is made of an epoch's weights.
+
+        At every step, to log takes the host as long as to launch a small network.
+        """
+        trainer = self.trainer
+        ends = trainer.is_last_batch or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not ends and (batch_idx + 1) % max(every, 1):
+            return
+        self.latch.check()
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({"train_loss_step": self._loss.item()}, step=trainer.global_step - 1)
+        if ends:
+            mean = self._loss_sum / self._images
+            self.log("train_loss", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -268,7 +289,8 @@ class Classification(pl.LightningModule):
     ) -> None:
         """Clip by norm without Lightning's check, which refuses a fused optimizer under bf16-mixed needlessly."""
         if self.trainer.precision == "bf16-mixed" and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(trained, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

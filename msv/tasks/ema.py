@@ -27,10 +27,27 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=True)
         self.decay = decay
         self.warmup = warmup
+        self._floats: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._others: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after optimizer step ``step`` (from 0)."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average, on the device of the training: the weights themselves are moved there only after this."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pair averages and weights once: to walk through the modules at each step takes the host a millisecond."""
+        super().on_train_start(trainer, pl_module)
+        if self._average_model is None:
+            return
+        pairs = list(zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._floats = [average for average, _ in averaged], [current for _, current in averaged]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -42,13 +59,9 @@ class EMA(WeightAveraging):
         """
         if trainer.global_step <= self._latest_update_step or self._average_model is None:
             return
-        pairs = list(zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True))
-        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        weight = 1.0 - self.decay_at(trainer.global_step - 1)
-        torch._foreach_lerp_([average for average, _ in averaged], [current for _, current in averaged], weight)
-        for average, current in pairs:
-            if not average.is_floating_point():
-                average.copy_(current)
+        torch._foreach_lerp_(*self._floats, 1.0 - self.decay_at(trainer.global_step - 1))
+        for average, current in self._others:
+            average.copy_(current)
         self._latest_update_step = trainer.global_step
 
     def on_load_checkpoint(
@@ -62,6 +75,7 @@ class EMA(WeightAveraging):
         """Leave the averaged weights in the module, and drop the second copy, so that nothing swaps them again."""
         super().on_train_end(trainer, pl_module)
         self._average_model = None
+        self._floats, self._others = ([], []), []
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -140,7 +140,7 @@ def test_new_keys_that_follow_or_say_nothing_leave_the_hash():
     config["trainer"]["strategy"] = "ddp"
     config["trainer"]["limit_val_batches"] = None
     config["data"]["init_args"] |= {"pin_memory": True, "predict_paths": ["a"], "seed": 0}
-    config["model"]["init_args"]["seed"] = 0
+    config["model"]["init_args"] |= {"seed": 0, "compile": True}
     assert config_hash(config) == config_hash(base())
 
 

@@ -229,3 +229,38 @@ def test_usage_errors(capsys, words):
         main(words)
     assert stopped.value.code == 2
     assert "size" in capsys.readouterr().err
+
+
+def test_trace(tmp_path, capsys):
+    words = ["vmamba_nano", "--image_size", "32", "--batch_size", "1", "--steps", "1", "--device", "cpu"]
+    assert main([*words, "--trace", str(tmp_path / "step.json"), "--out", str(tmp_path / "step.csv")]) == 0
+    assert "trace in" in capsys.readouterr().out
+    rows = read(tmp_path / "step.csv")
+    families = {row["family"]: float(row["share"]) for row in rows if not row["kernel"]}
+    assert families["scan"] > 0 and families["optimizer"] > 0
+    assert sum(families.values()) == pytest.approx(1)
+    assert any(row["kernel"].startswith("msv::selective_scan_2d") for row in rows)
+    assert json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+
+
+def test_trace_of_a_forward(tmp_path, capsys):
+    words = ["msvmamba_nano", "--image_size", "32", "--batch_size", "1", "--steps", "1", "--device", "cpu"]
+    assert main([*words, "--inference", "--trace", str(tmp_path / "step.json.gz")]) == 0
+    printed = capsys.readouterr().out
+    assert "msvmamba_nano, forward, eager, float32, 1 images of 32×32, CPU" in printed
+    assert "depthwise convolution" in printed
+    assert "optimizer" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trace", "a.json"], "--trace takes one model, and 0 are named"),
+        (["vmamba_nano", "msvmamba_nano", "--trace", "a.json"], "and 2 are named"),
+        (["vmamba_nano", "--trace", "a.txt"], r"--trace a\.txt: expected a file that ends in \.json"),
+        (["vmamba_nano", "--trace", "a.json", "--steps", "0"], "--steps is 0; expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_traced(words, message):
+    with pytest.raises(ValueError, match=message):
+        main(words)

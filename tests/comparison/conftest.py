@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from msv.comparison import accuracy, kept
+from msv.comparison import accuracy
 
 CLASSES = ["n01440764", "n01443537", "n01484850"]
 
@@ -26,12 +26,6 @@ class Means(nn.Module):
 @pytest.fixture
 def means():
     return Means()
-
-
-@pytest.fixture
-def where() -> dict[str, str]:
-    """A place of measurement."""
-    return {name: "1" if name == "threads" else f"a {name}" for name in kept.ENVIRONMENT}
 
 
 @pytest.fixture

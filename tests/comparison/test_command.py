@@ -27,7 +27,7 @@ def test_counts(tmp_path, capsys):
 
 
 def test_throughput_on_a_cpu(tmp_path, capsys, means, monkeypatch):
-    monkeypatch.setattr(throughput, "create", lambda model: means)
+    monkeypatch.setattr(throughput, "create", lambda model, size: means)
     monkeypatch.setattr(throughput, "ON_CPU", throughput.Effort(1, 3, 0.0, 0))
     words = ["--out", str(tmp_path), "--measure", "throughput", "--only", "vmamba_tiny", "swin_tiny", "--size", "32"]
     assert main(words) == 0
@@ -44,7 +44,7 @@ def test_throughput_on_a_cpu(tmp_path, capsys, means, monkeypatch):
 
 
 def test_a_failed_row_makes_the_exit_status_1(tmp_path, capsys, monkeypatch):
-    def make(model):
+    def make(model, size):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(throughput, "create", make)

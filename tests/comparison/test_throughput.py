@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from msv.comparison import throughput
-from msv.comparison.throughput import Case, Effort, measure, measure_case, missing, plan, store
+from msv.comparison.throughput import Case, measure, measure_case, plan, store
 from msv.comparison.throughput_table import render_csv, render_markdown, table_6
+from msv.profiling import measuring
+from msv.profiling.measuring import Effort, missing
 
 CPU = torch.device("cpu")
 QUICK = Effort(calls=2, turns=3, seconds=0.0, warmup=1)
@@ -34,8 +36,8 @@ def test_plan_on_a_cpu_and_as_asked():
 
 def test_a_case_is_timed_and_its_memory_counted(means, monkeypatch):
     taken = []
-    monkeypatch.setattr(throughput, "create", lambda model: means)
-    monkeypatch.setattr(throughput, "call_seconds", lambda work, device: taken.append(work()) or len(taken) / 10)
+    monkeypatch.setattr(throughput, "create", lambda model, size: means)
+    monkeypatch.setattr(measuring, "call_seconds", lambda work, device: taken.append(work()) or len(taken) / 10)
     found = measure_case(NANO, CPU, QUICK)
     # The first turn is not counted; the others took 0.2, 0.3 and 0.4 s for two forwards of two images.
     assert found["images_per_s"] == pytest.approx(2 / 0.15)
@@ -47,14 +49,14 @@ def test_a_case_is_timed_and_its_memory_counted(means, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_weights_and_images_are_in_the_precision(means, monkeypatch, precision):
     seen = []
-    monkeypatch.setattr(throughput, "create", lambda model: means)
+    monkeypatch.setattr(throughput, "create", lambda model, size: means)
     means.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].dtype, module.scale.dtype)))
     measure_case(Case("msvmamba_nano", precision, "eager", 2, 32), CPU, QUICK)
     assert set(seen) == {(throughput.PRECISIONS[precision],) * 2}
 
 
 def test_a_failing_row_is_kept_and_stops_no_other_one(tmp_path, means, monkeypatch, where):
-    def make(model):
+    def make(model, size):
         if model == "vmamba_tiny":
             raise RuntimeError("no\nway")
         return means
@@ -70,7 +72,7 @@ def test_a_failing_row_is_kept_and_stops_no_other_one(tmp_path, means, monkeypat
 
 
 def test_rows_are_kept_one_by_one_and_finished_ones_skipped(tmp_path, means, monkeypatch, where):
-    monkeypatch.setattr(throughput, "create", lambda model: means)
+    monkeypatch.setattr(throughput, "create", lambda model, size: means)
     kept, cases = store(tmp_path), [TINY, NANO]
     measuring = measure(cases, CPU, QUICK, kept, where, "")
     next(measuring)

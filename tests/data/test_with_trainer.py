@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +102,9 @@ def test_lightning_leaves_our_samplers(tmp_path):
 def test_replicas_come_from_the_trainer(world, rank):
     class Attached:
         world_size = world
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
         global_rank = rank
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     data = Digits()
     data.trainer = Attached()

@@ -16,7 +16,7 @@ def quick(tmp_path_factory):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        assert benchmark.main(["scan", "--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
+        assert benchmark.main(["--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
     assert torch.get_num_threads() == threads
     (path,) = out.iterdir()
     with path.open(newline="") as file:
@@ -118,17 +118,17 @@ def test_verdicts():
 @pytest.mark.parametrize("threads", ["0", "-2"])
 def test_no_threads(tmp_path, threads):
     with pytest.raises(ValueError, match=f"--threads is {threads}; expected 1 or more"):
-        benchmark.main(["scan", "--threads", threads, "--out", str(tmp_path)])
+        benchmark.main(["--threads", threads, "--out", str(tmp_path)])
 
 
 def test_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch finds no GPU"):
-        benchmark.main(["scan", "--device", "cuda", "--out", str(tmp_path)])
+        benchmark.main(["--device", "cuda", "--out", str(tmp_path)])
 
 
 def gpu_table(tmp_path, *arguments):
-    status = benchmark.main(["scan", "--quick", "--out", str(tmp_path), *arguments])
+    status = benchmark.main(["--quick", "--out", str(tmp_path), *arguments])
     (path,) = tmp_path.iterdir()
     with path.open(newline="") as file:
         return status, path.name, list(csv.DictReader(file))
@@ -184,7 +184,7 @@ def test_a_rival_that_was_asked_for_and_is_missing(interpreter, tmp_path, monkey
 def test_options_of_the_gpu_s_table_on_a_cpu(tmp_path, monkeypatch, option):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=f"{option[0]} belongs to the GPU's table"):
-        benchmark.main(["scan", "--quick", "--device", "cpu", "--out", str(tmp_path), *option])
+        benchmark.main(["--quick", "--device", "cpu", "--out", str(tmp_path), *option])
 
 
 @pytest.mark.gpu

@@ -3,8 +3,8 @@ import shutil
 import pytest
 
 from msv.comparison import accuracy, throughput
-from msv.comparison.kept import ENVIRONMENT
 from msv.files import shipped_grids
+from msv.kept import ENVIRONMENT
 from msv.publishing import write
 from msv.publishing.command import main
 from msv.publishing.write import write_all

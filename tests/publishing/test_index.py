@@ -2,7 +2,7 @@ import json
 import re
 
 from msv.comparison import accuracy
-from msv.comparison.kept import ENVIRONMENT
+from msv.kept import ENVIRONMENT
 from msv.publishing.index import write_index
 
 

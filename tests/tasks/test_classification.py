@@ -256,6 +256,20 @@ def test_mixing_is_a_function_of_seed_and_epoch(tmp_path):
     assert not torch.equal(one[:6], one[6:])  # two epochs over the same unshuffled images
 
 
+@pytest.mark.parametrize("steps", [6, 4])
+def test_the_epochs_loss_is_the_mean_over_its_images(steps):
+    losses = []
+
+    class Note(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+
+    fitting = trainer(Note(), limit_val_batches=0, max_epochs=1, max_steps=steps)  # an epoch has 6
+    fitting.fit(task(), datamodule=Images())
+    assert len(losses) == steps
+    assert fitting.callback_metrics["train_loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
 # What is wrong with a batch.
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from msv.comparison.kept import Kept, number, place
+from msv.kept import Kept, number, place
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What networks cost on this machine, timed: `python cli.py benchmark`."""

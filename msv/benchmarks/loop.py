@@ -1,0 +1,218 @@
+"""`python cli.py benchmark loop`: what the training loop adds to a step."""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import nn
+
+from msv.comparison.systems import create, find
+from msv.data.in_memory import InMemoryData, Labelled
+from msv.experiment import quiet
+from msv.kept import Kept, Row, here, number, place
+from msv.profiling.measuring import FAILED, measure, missing
+from msv.profiling.steps import training_step
+from msv.profiling.timing import torch_threads
+from msv.tasks import EMA, Classification, History
+
+from .networks import CLASSES, KEY, PRECISIONS, Case, add_options, chosen_device, command, file_stem, say
+
+COLUMNS = (*KEY, "status", "step_ms", "fit_ms", "overhead", "steps", "rounds", "error", "command")
+"""Of the CSV, beside where a row was measured. `step_ms` is a bare step on one batch that lies on the device; `fit_ms`
+a step of `fit` with data, logging, schedule, history and moving average; medians of `rounds` rounds of `steps` steps.
+`overhead` is the median over rounds of how much longer the second takes, as a share of the first.
+"""
+BAR = 0.03
+PIXELS = 32
+"""Side of the stored images, as CIFAR's; they are resized on their way to the network."""
+WARMUP = 5
+
+
+class RandomImages(InMemoryData):
+    """Random images in memory, as many as a number of batches takes, resized as those of a small data set are."""
+
+    num_classes = CLASSES
+    in_chans = 3
+    name = "random"
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+
+    def __init__(self, batches: int, batch_size: int, image_size: int):
+        super().__init__(
+            image_size, batch_size, num_workers=0, seed=0, val_images=CLASSES, max_shift=0.125, hflip=0.5,
+            pin_memory=True, predict_paths=None,
+        )  # fmt: skip
+        self.class_names = [str(label) for label in range(CLASSES)]
+        self.images = batches * batch_size
+
+    def read(self) -> tuple[Labelled, Labelled]:
+        """Images of noise, each class in turn."""
+        sizes = (self.images + self.val_images, self.val_images)
+        train, test = (
+            Labelled(
+                torch.randint(256, (size, 3, PIXELS, PIXELS), dtype=torch.uint8), torch.arange(size) % CLASSES, "noise"
+            )
+            for size in sizes
+        )
+        return train, test
+
+
+class Stopwatch(pl.Callback):
+    """Seconds of some steps in the middle of a training, from the start of one batch to that of another.
+
+    Args:
+        first: number of the batch at which it starts.
+        last: number of the batch at which it stops.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.seconds = first, last, 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, idx: int) -> None:
+        """Start or stop, once the device has caught up."""
+        if idx in (self.first, self.last):
+            _wait(pl_module.device)
+            self.seconds = time.perf_counter() - self.seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command with the arguments after `loop`; returns the exit status, 1 where a row failed.
+
+    Raises:
+        ValueError: an option does not fit, a model is unknown, or the file there is none of these.
+        OSError: a row cannot be written, or the GPU is of no use any more.
+    """
+    options = _parser().parse_args(argv)
+    device = chosen_device(options)
+    if options.steps < 1 or options.rounds < 1:
+        raise ValueError(f"--steps is {options.steps} and --rounds {options.rounds}; expected 1 or more")
+    quiet()
+    console = Console()
+    with torch_threads(options.threads):
+        cases = plan(device, options)
+        kept = Kept(Path(options.out) / f"{file_stem('loop', device, options.quick)}.csv", COLUMNS, (*KEY, "device"))
+        where = here(device)
+        steps, rounds = (2, 1) if options.quick else (options.steps, options.rounds)
+        again = command("loop", options, _parser())
+        todo = missing(cases, kept, where, options.again)
+        one = partial(measure_case, device=device, steps=steps, rounds=rounds)
+        for row in measure(todo, one, device, kept, where, again):
+            say(console, told(row, options.quick))
+    asked = [case.columns.items() for case in cases]
+    rows = [row for row in kept.read() if place(row) == tuple(where.values()) and any(c <= row.items() for c in asked)]
+    if len(todo) < len(cases):
+        say(console, f"{len(cases) - len(todo)} rows are finished and skipped, --again measures them anew; all:")
+        for row in rows:
+            say(console, told(row, options.quick))
+    say(console, f"written to {kept.path}")
+    return int(any(row["status"] == FAILED for row in rows))
+
+
+def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:
+    """The rows to measure: on a GPU at batch 128, 64×64 and 224×224, eager and compiled; on a CPU at 64, 32×32."""
+    on_gpu = device.type == "cuda"
+    sizes = options.size or ([224, 64] if on_gpu else [32])
+    modes = options.mode or (["eager", "compiled"] if on_gpu else ["eager"])
+    precision = options.precision or ("bf16" if on_gpu else "float32")
+    batch = options.batch or (2 if options.quick else 128 if on_gpu else 64)
+    models = [find(name, "--only") for name in options.only]
+    return [
+        Case(model, "training", mode, precision, batch, size)
+        for model, size, mode in itertools.product(models, sizes, modes)
+    ]
+
+
+def measure_case(case: Case, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
+    """Times rounds of bare steps and of steps of `fit` in turns; returns the columns of one case."""
+    bare, fitted = [], []
+    for _ in range(rounds):
+        bare.append(bare_seconds(case, device, steps))
+        fitted.append(fit_seconds(case, device, steps))
+    return {
+        "step_ms": 1e3 * statistics.median(bare),
+        "fit_ms": 1e3 * statistics.median(fitted),
+        "overhead": statistics.median(fit / step - 1 for fit, step in zip(fitted, bare, strict=True)),
+        "steps": steps,
+        "rounds": rounds,
+    }
+
+
+def bare_seconds(case: Case, device: torch.device, steps: int) -> float:
+    """Seconds of a step made by hand."""
+    images = torch.randn(case.batch, 3, case.size, case.size, device=device)
+    labels = torch.randint(CLASSES, (case.batch,), device=device)
+    work = training_step(_network(case).to(device), images, labels, case.mode, _autocast(case)).work
+    for _ in range(WARMUP):
+        work()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        work()
+    _wait(device)
+    return (time.perf_counter() - start) / steps
+
+
+def fit_seconds(case: Case, device: torch.device, steps: int) -> float:
+    """Seconds of a step in a training of the same network on data in memory."""
+    stopwatch = Stopwatch(WARMUP, WARMUP + steps)
+    data = RandomImages(WARMUP + steps + 1, case.batch, case.size)
+    model = Classification(lambda in_chans, classes: _network(case), CLASSES, compile=case.mode == "compiled")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, limit_val_batches=0,
+            precision="32-true" if _autocast(case) is None else "bf16-mixed", logger=TensorBoardLogger(folder),
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[stopwatch, History(), EMA()],
+        )  # fmt: skip
+        trainer.fit(model, datamodule=data)
+    return stopwatch.seconds / steps
+
+
+def told(row: Row, quick: bool) -> str:
+    """A row as a line; of the real sizes, with the bar."""
+    about = f"{row['model']}, {row['mode']}, {row['precision']}, {row['batch']} of {row['size']}×{row['size']}"
+    if row["status"] == FAILED:
+        return f"{about}: failed: {row['error']}"
+    share = number(row, "overhead") or 0.0
+    line = f"{about}: a step of fit takes {float(row['fit_ms']):.4g} ms, a bare one {float(row['step_ms']):.4g}"
+    verdict = "" if quick else "met: " if share < BAR else "MISSED: "
+    return f"{verdict}{line}: {100 * share:+.1f}% (under {100 * BAR:g}%)"
+
+
+def _network(case: Case) -> nn.Module:
+    return create(case.model, case.size)
+
+
+def _autocast(case: Case) -> torch.dtype | None:
+    return None if case.precision == "float32" else PRECISIONS[case.precision]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cli.py benchmark loop",
+        description="What the training loop adds to a step: a step of `fit` (data in memory, logging, schedule, "
+        "moving average) beside the bare one (forward, loss, backward, optimizer) of the same network and batch, in "
+        "turns.",
+    )
+    parser.add_argument("--only", nargs="+", default=["msvmamba_nano"], metavar="NAME", help="models (default: nano)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images of a step (default: 128; on a CPU 64)")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="their side (default: 224 64; on a CPU 32)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    add_options(parser, ("eager", "compiled"))
+    return parser

@@ -1,0 +1,196 @@
+"""`python cli.py benchmark scaling`: images a second against batch and against image size."""
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from msv.comparison.systems import find
+from msv.files import write_atomic
+from msv.kept import Kept, Row, here, number, place
+from msv.profiling.measuring import DONE, FAILED, Effort, is_out_of_memory, measure, missing
+from msv.profiling.timing import torch_threads
+
+from .networks import (
+    KEY,
+    MEASURED,
+    ON_CPU,
+    ON_GPU,
+    QUICK,
+    SWIN,
+    TASKS,
+    Case,
+    add_options,
+    chosen_device,
+    command,
+    file_stem,
+    measure_step,
+    say,
+)
+from .scaling_plot import Series, plot
+
+NETWORKS = ("msvmamba_nano", "msvmamba_tiny", SWIN)
+COLUMNS = (*KEY, "status", *MEASURED, "error", "command")
+"""Of the CSV, beside where a row was measured. `status` is done, failed, or that of `TOO_LARGE`."""
+TOO_LARGE = "does not fit"
+SIZE = 224
+"""Of the images whose batch grows."""
+BATCHES = {"cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "cpu": (1, 2, 4, 8)}
+SIZES = {"cuda": (224, 256, 320, 384, 448, 512, 640, 768, 896, 1024), "cpu": (224, 256, 320, 384)}
+FIXED_BATCH = {"cuda": 32, "cpu": 2}
+"""Of the images that grow."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command with the arguments after `scaling`; returns the exit status, 1 where a cell failed.
+
+    That a cell does not fit in memory is no failure.
+
+    Raises:
+        ValueError: an option does not fit, a model is unknown, or the file there is none of these.
+        OSError: a file cannot be written, or the GPU is of no use any more.
+    """
+    options = _parser().parse_args(argv)
+    device = chosen_device(options)
+    console = Console()
+    with torch_threads(options.threads):
+        cases = list(dict.fromkeys(case for one in series(device, options) for case in one))
+        stem = file_stem("scaling", device, options.quick)
+        kept, where = Kept(Path(options.out) / f"{stem}.csv", COLUMNS, (*KEY, "device")), here(device)
+        todo = missing(cases, kept, where, options.again)
+        if len(todo) < len(cases):
+            say(console, f"{len(cases) - len(todo)} cells are finished and skipped; --again measures them anew")
+        again = command("scaling", options, _parser())
+        base = ON_GPU if device.type == "cuda" else ON_CPU
+        effort = QUICK if options.quick else replace(base, turns=10, seconds=base.seconds / 4)
+        one = partial(measure_case, device=device, effort=effort)
+        for case, row in zip(todo, measure(todo, one, device, kept, where, again), strict=True):
+            say(console, f"{case}: {told(row)}")
+    at_hand = [row for row in kept.read() if place(row) == tuple(where.values())]
+    rows = {case: row for case in cases for row in at_hand if case.columns.items() <= row.items()}
+    found = [[(case, rows[case]) for case in one] for one in series(device, options)]
+    console.print(table(list(rows.values()), where))
+    for line in [] if options.quick else growth(found):
+        say(console, line)
+    picture = kept.path.with_suffix(".png")
+    write_atomic(picture, plot(as_series(found), f"{where['device']}, torch {where['torch']}, {cases[0].precision}"))
+    say(console, f"written to {kept.path} and {picture}")
+    return int(any(row["status"] == FAILED for row in rows.values()))
+
+
+def series(device: torch.device, options: argparse.Namespace) -> list[list[Case]]:
+    """The cells: for each model, task and mode those of growing batches, and those of growing images."""
+    kind = device.type
+    batches, sizes, fixed = BATCHES[kind], SIZES[kind], options.batch or FIXED_BATCH[kind]
+    size = SIZE
+    if options.quick:
+        batches, sizes, fixed, size = (1, 2), (64, 96), 1, 64
+    batches, sizes = tuple(options.batches or batches), tuple(options.sizes or sizes)
+    precision = options.precision or ("bf16" if kind == "cuda" else "float32")
+    found = []
+    models = [find(name, "--only") for name in options.only] or NETWORKS
+    for model, task, mode in itertools.product(models, options.task or TASKS, options.mode or ("eager",)):
+        found.append([Case(model, task, mode, precision, batch, size) for batch in batches])
+        found.append([Case(model, task, mode, precision, fixed, side) for side in sizes])
+    return found
+
+
+def measure_case(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
+    """Measures one cell; one that does not fit in memory says so."""
+    try:
+        return measure_step(case, device, effort)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return {"status": TOO_LARGE}
+
+
+def told(row: Row) -> str:
+    """What came of a cell."""
+    return f"{float(row['images_per_s']):,.1f} img/s" if row["status"] == DONE else f"{row['status']} {row['error']}"
+
+
+def growth(found: Sequence[Sequence[tuple[Case, Row]]]) -> list[str]:
+    """A line for each series of images: how the time of a step grows with their pixels, 1 being in proportion."""
+    lines = []
+    for one in found:
+        points = [(case.size**2, number(row, "step_ms") or 0.0) for case, row in one if row["status"] == DONE]
+        if len({pixels for pixels, _ in points}) < 2:
+            continue
+        case, (least, most) = one[0][0], (math.isqrt(points[0][0]), math.isqrt(points[-1][0]))
+        lines.append(
+            f"{case.model}, {case.task}, {case.mode}, batch {case.batch}: time grows as pixels to the power of "
+            f"{exponent(points):.2f} from {least}×{least} to {most}×{most}"
+        )
+    return lines
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of a straight line through the logarithms of points (x, y), by least squares."""
+    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
+    over = sum((one - middle_x) * (other - middle_y) for one, other in zip(x, y, strict=True))
+    return over / sum((one - middle_x) ** 2 for one in x)
+
+
+def as_series(found: Sequence[Sequence[tuple[Case, Row]]]) -> list[Series]:
+    """The cells as lines of the plot."""
+    drawn = []
+    for one in found:
+        case = one[0][0]
+        by_size = len({case.size for case, _ in one}) > 1
+        values = [(cell.size if by_size else cell.batch, row) for cell, row in one]
+        drawn.append(
+            Series(
+                case.model.partition("_patch")[0] + ("" if case.mode == "eager" else f", {case.mode}"),
+                case.task,
+                "size" if by_size else "batch",
+                case.batch if by_size else case.size,
+                tuple((x, number(row, "images_per_s") or 0.0) for x, row in values if row["status"] == DONE),
+                tuple(x for x, row in values if row["status"] == TOO_LARGE),
+            )
+        )
+    return drawn
+
+
+def table(rows: Sequence[Row], where: dict[str, str]) -> Table:
+    """The cells for a reader."""
+    title = f"{where['device']}, torch {where['torch']}, commit {where['commit']}"
+    found = Table(title=title, title_justify="left")
+    found.add_column("network", no_wrap=True)
+    for head in ("task", "mode", "batch", "size", "img/s", "ms", "GiB"):
+        found.add_column(head, justify="right" if head in ("batch", "size", "img/s", "ms", "GiB") else "left")
+    for row in rows:
+        about = [row[name] for name in ("model", "task", "mode", "batch", "size")]
+        if row["status"] != DONE:
+            found.add_row(*about, row["status"])
+            continue
+        gib = (number(row, "peak_bytes") or 0.0) / 2**30
+        found.add_row(*about, f"{number(row, 'images_per_s'):,.1f}", f"{number(row, 'step_ms'):.4g}", f"{gib:.2f}")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cli.py benchmark scaling",
+        description=f"Images a second against the batch, at {SIZE}×{SIZE}, and against the size of the images, at a "
+        "fixed batch; a CSV and a plot. A cell that does not fit in memory is shown as such. What is measured is kept "
+        "cell by cell: run again, and it goes on where it was.",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help=f"models (default: {', '.join(NETWORKS)})"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="default: 1 to 512; on a CPU 1 to 8")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="default: 224 to 1024; on a CPU 224 to 384")
+    parser.add_argument("--batch", type=int, metavar="N", help="of the images that grow (default: 32; on a CPU 2)")
+    parser.add_argument("--task", nargs="+", choices=TASKS, help="one of them alone")
+    add_options(parser)
+    return parser

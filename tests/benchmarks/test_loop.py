@@ -1,0 +1,100 @@
+import csv
+
+import pytest
+import torch
+
+from msv.benchmarks import command, loop
+from msv.benchmarks.loop import COLUMNS, RandomImages, plan, told
+from msv.kept import ENVIRONMENT
+from msv.profiling import steps
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network that costs nothing, so that a training is quick."""
+
+    class Means(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, loop.CLASSES)
+
+        def forward(self, images):
+            return self.linear(images.mean(dim=(2, 3)))
+
+    monkeypatch.setattr(loop, "create", lambda model, size: Means())
+
+
+def run(folder, *options):
+    status = command.main(["loop", "--device", "cpu", "--threads", "1", "--out", str(folder), *options])
+    (path,) = folder.iterdir()
+    with path.open(newline="") as file:
+        return status, path.name, list(csv.DictReader(file))
+
+
+def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys):
+    status, name, rows = run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")
+    assert (status, name) == (0, "loop_cpu.csv")
+    (row,) = rows
+    assert tuple(row) == (*COLUMNS, *ENVIRONMENT)
+    assert (row["steps"], row["rounds"], row["size"], row["mode"]) == ("3", "2", "32", "eager")
+    # The loop takes its part of a millisecond, and this network far less.
+    assert float(row["fit_ms"]) > float(row["step_ms"]) > 0
+    assert float(row["overhead"]) > 0.03
+    assert "MISSED: msvmamba_nano, eager, float32, 2 of 32×32: a step of fit takes" in capsys.readouterr().out
+    assert run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")[2] == rows
+
+
+def test_quick(tmp_path, small, capsys):
+    status, name, _ = run(tmp_path, "--quick", "--precision", "bf16")
+    assert (status, name) == (0, "loop_cpu_quick.csv")
+    assert "MISSED" not in capsys.readouterr().out
+
+
+def test_the_stopwatch_counts_whole_steps(small, monkeypatch):
+    """Only the steps between its two batches: warming up and the last batch are left out."""
+    now = iter(range(100))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
+    watch = loop.Stopwatch(first=2, last=5)
+
+    class Module:
+        device = torch.device("cpu")
+
+    for batch in range(7):
+        watch.on_train_batch_start(None, Module, None, batch)
+    assert watch.seconds == 1  # the clock was asked twice
+
+
+def test_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "create", lambda model, size: 1 / 0)
+    status, _, rows = run(tmp_path, "--quick")
+    assert (status, rows[0]["status"]) == (1, "failed")
+
+
+def test_the_plan_of_a_gpu():
+    cases = plan(torch.device("cuda"), loop._parser().parse_args([]))
+    assert [(case.size, case.mode) for case in cases] == [
+        (224, "eager"), (224, "compiled"), (64, "eager"), (64, "compiled")
+    ]  # fmt: skip
+    assert {(case.batch, case.precision) for case in cases} == {(128, "bf16")}
+
+
+def test_images_for_so_many_batches():
+    data = RandomImages(4, 8, 64)
+    data.setup("fit")
+    assert len(data.train_dataloader()) == 4
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (8, 3, 64, 64)
+    assert labels.max() < loop.CLASSES
+
+
+@pytest.mark.parametrize(("share", "word"), [("0.029", "met"), ("0.031", "MISSED")])
+def test_the_bar(share, word):
+    row = {"model": "m", "mode": "eager", "precision": "bf16", "batch": "1", "size": "32", "status": "done"}
+    assert told(row | {"fit_ms": "1", "step_ms": "1", "overhead": share}, quick=False).startswith(word)
+
+
+@pytest.mark.parametrize("mode", steps.MODES)
+def test_every_mode_compiles_as_torch_knows_it(mode, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **options: (network, options))
+    found = steps._run_as("network", mode)
+    assert found == ("network" if mode == "eager" else ("network", steps.MODES[mode]))
