@@ -1,4 +1,4 @@
-"""The selective scan, the depthwise convolution, and nothing else: as defined, in torch, and in Triton, as operators.
+"""The selective scan and the depthwise convolution, and nothing else: as defined, in torch, in Triton, as operators.
 
 Knows torch (and triton), nothing of the rest of msv. Start reading at `reference.py`.
 """

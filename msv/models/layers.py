@@ -5,19 +5,24 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from msv.kernels import Activation, depthwise_conv
+
 
 class PointwiseConv(nn.Linear):
     """A 1×1 convolution of a channels-last map; a Linear that keeps a convolution's initial values."""
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution of a channels-last map, (B, H, W, C) to (B, ceil(H/stride), ceil(W/stride), C)."""
+    """A depthwise convolution of a channels-last map, (B, H, W, C) to (B, ceil(H/stride), ceil(W/stride), C).
+
+    What follows it is part of the same operator: an activation, and the sum with its own input.
+    """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, activation: Activation = "none", residual: bool = False) -> Tensor:
+        return depthwise_conv(x, self.weight, self.bias, self.stride[0], activation, residual)
 
 
 class Stem(nn.Module):
@@ -91,7 +96,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.expand(x)
-        x = self.drop(F.gelu(x + self.dwconv(x)))
+        x = self.drop(self.dwconv(x, "gelu", residual=True))
         return self.drop(self.reduce(x))
 
 

@@ -103,7 +103,7 @@ class SS2D(TokenMixer):
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
 
     def scan(self, x: Tensor) -> Tensor:
-        y = self.norm(self.s6(F.silu(self.dwconv(x))).sum(dim=1))
+        y = self.norm(self.s6(self.dwconv(x, "silu")).sum(dim=1))
         return y if y.shape == x.shape else upsample(y, x.shape[1:3])
 
 
@@ -145,8 +145,8 @@ class MS2D(TokenMixer):
 
     def scan(self, x: Tensor) -> Tensor:
         # The published order: the full routes are normalised after their sum, the half routes before theirs.
-        full = self.norm(self.s6_full(F.silu(self.dwconv_full(x))).sum(dim=1))
-        half = (self.norm_half or self.norm)(self.s6_half(F.silu(self.dwconv_half(x)))).sum(dim=1)
+        full = self.norm(self.s6_full(self.dwconv_full(x, "silu")).sum(dim=1))
+        half = (self.norm_half or self.norm)(self.s6_half(self.dwconv_half(x, "silu"))).sum(dim=1)
         return full + upsample(half, x.shape[1:3])
 
 
