@@ -46,7 +46,9 @@ def selective_scan_2d(
             inputs.append(torch.cat([delta, delta * u, BC], dim=-1))
         A = -torch.exp(torch.stack([A_log[s] for s in sets]).to(dtype)).mT.contiguous()
         lines = torch.stack(inputs).unflatten(2, (count * height, width)).movedim(3, 0)
-        y = _walk(lines, A).movedim(0, 3).flatten(2, 3).unflatten(2, (count, height * width))
+        y = _walk(lines, A).movedim(0, 3).flatten(2, 3)
+        # The copy has strides that torch 2.11 can reason about, unlike those of two dimensions made one.
+        y = y.clone(memory_format=torch.contiguous_format).unflatten(2, (count, height * width))
         for number, sequence in enumerate(group):
             for place, route in enumerate(sequence):
                 out[route] = _on_map(y[number, :, place], routes[route][0], height, width)
