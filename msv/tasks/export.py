@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from safetensors import safe_open
@@ -67,7 +66,7 @@ def load_network(source: str, model: str | None = None) -> MSVMamba:
         if model is not None:
             raise ValueError(f"--model {model}: {source} is a preset itself; leave one of them out")
         log.warning("%s has untrained weights: give a file of weights to export trained ones", source)
-        return timm.create_model(source).eval()
+        return MSVMamba(**PRESETS[source]).eval()
     if not Path(source).exists():
         raise FileNotFoundError(f"{source} is neither a file of weights nor a preset; {_near(source)}")
     network = MSVMamba(**_arguments(source, model))
