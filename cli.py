@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "msv.comparison.command",
     "benchmark": "msv.benchmarks.command",
     "convert": "msv.models.convert",
+    "export": "msv.tasks.export",
     "cell": "msv.ablation.cell",
 }
 """What stands beside LightningCLI's fit, validate, test and predict: modules whose `main` takes the arguments."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from . import parallel, reference
+from . import parallel, reference, traced
 from .precision import state_dtype
 from .routes import ROUTES
 
@@ -165,6 +165,8 @@ def selective_scan_2d(
     states = state_dtype(x, x_dbl, dt_weight, A_log)
     if _check_backend(backend, x, states) == "reference":
         return reference.selective_scan_2d(*weights, tuple(routes), carry_state)
+    if backend == "parallel" and torch.compiler.is_exporting():
+        return traced.selective_scan_2d(*weights, tuple(routes), carry_state)
     if backend == "parallel":
         return _plain(_Parallel2d, parallel.selective_scan_2d, (*weights, tuple(routes), carry_state))[0]
     names, sets = [ROUTES.index(name) for name, _ in routes], [weight_set for _, weight_set in routes]

@@ -39,7 +39,7 @@ DESCRIPTION = (
     "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
     "these: tables (make them again from records), keep (publish finished runs), profile (parameters and FLOPs), "
     "compare (the paper's systems side by side), benchmark (time the scan and networks), convert (published weights "
-    "for timm); each has its own --help."
+    "for timm), export (a network for torch.export or ONNX); each has its own --help."
 )
 FROM_DATA = {f"--model.{part}{name}" for part in ("", "init_args.") for name in ("in_chans", "num_classes")}
 # What is trained; the rest of a command's options say what to do with it.

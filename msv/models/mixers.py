@@ -104,7 +104,7 @@ class SS2D(TokenMixer):
 
     def scan(self, x: Tensor) -> Tensor:
         y = self.norm(self.s6(self.dwconv(x, "silu")).sum(dim=1))
-        return y if y.shape == x.shape else upsample(y, x.shape[1:3])
+        return y if self.dwconv.stride[0] == 1 else upsample(y, x.shape[1:3])
 
 
 class MS2D(TokenMixer):

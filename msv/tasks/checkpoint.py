@@ -98,9 +98,7 @@ def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = Fals
                 "set model.init_args.network to msv.models.MSVMamba, or msv.models.TimmModel with one of its presets"
             )
         return bool(load_published(network, path, drop_head=drop_head).left_out)
-    _, weights = choose_weights(content.get("state_dict", content), "auto", str(path))
-    if all(name.startswith("network.") for name in weights):
-        weights = {name.removeprefix("network."): value for name, value in weights.items()}
+    weights = own_weights(content, str(path))
     own = network.state_dict()
     classifier = tuple(_classifier_names(network))
     other_head = [
@@ -125,6 +123,18 @@ def load_pretrained(network: nn.Module, path: str | Path, drop_head: bool = Fals
     if other_head:
         log.warning("%s: the classifier (%s) is for another number of classes; it starts anew", path, other_head[0])
     return bool(other_head)
+
+
+def own_weights(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint of ours or a state dict, by the names that they have in the network.
+
+    Raises:
+        ValueError: there are none.
+    """
+    _, weights = choose_weights(content.get("state_dict", content), "auto", source)
+    if all(name.startswith("network.") for name in weights):
+        return {name.removeprefix("network."): value for name, value in weights.items()}
+    return weights
 
 
 def _classifier_names(network: nn.Module) -> list[str]:
