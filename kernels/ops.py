@@ -200,7 +200,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
     dtype = state_dtype(u, delta, A, B, C)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
     if triton:
-        saved = _triton_1d().saved_numel_1d(u, delta, z, B.shape[1], A.shape[1])
+        saved = _triton_1d().saved_numel_1d(u.shape, A.shape[1])
     else:
         saved = parallel.saved_numel_1d(u.shape, B.shape[1], A.shape[1], u.device)
     return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)

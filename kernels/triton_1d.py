@@ -4,8 +4,8 @@ A program is a block of channels of one group, one sequence (or a chunk of it). 
 steps, here read along time, so that a thread finds the steps of its channel side by side.
 
 Memory moves whole sectors. Where the length is no multiple of one, rows begin anywhere in a sector, and tiles that all
-begin with the row would share one at either end. So a program takes every so-maniest channel, whose rows all begin at
-the same place of a sector, and begins its tiles with the sector: `shift` steps before the row.
+begin with the row would share one at either end. So a program takes every CLASSES-th channel, whose rows all begin at
+the same place of a sector, and begins its tiles with the sector: `shift` steps before the row (see `_split` for when).
 """
 
 import math
@@ -39,13 +39,14 @@ AT_ONCE = tl.constexpr(2)
 """Tiles that the forward reads at once: longer reads of a row, and earlier."""
 
 VECTORS = (8, 4)
-"""Steps that a thread reads at once where the length is a multiple: 16 or 8 bytes of 16-bit values."""
+"""Steps that a thread reads at once: the first that divides the length, or 8 where a tile begins with a sector. Where
+neither is so, threads share 8 steps one by one."""
 
 SECTOR = 32
 """Bytes of a sector."""
 
-# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of T, of 8, of 4,
-# another (and, once, the summaries, where few long sequences come).
+# A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of T, of 8, of 4, of
+# 2, another (and, once, the summaries, where few long sequences come).
 _SIZES = ["L", "batch", "groups", "chunks", "chunk_tiles"]
 
 
@@ -60,7 +61,10 @@ def first_row(b, groups, group, in_group, shift, L, D: tl.constexpr, PER: tl.con
 
 @triton.jit
 def readable(rows, batch, groups, L, D: tl.constexpr, PER: tl.constexpr, SHIFTED: tl.constexpr):
-    """How many steps may be read from `first_row` on: to the end of the row, or shifted to that of the tensor."""
+    """How many steps may be read from `first_row` on: to the end of the row, or shifted to that of the tensor.
+
+    Shifted at most 2^24 sectors are: 2^27 steps of float32.
+    """
     if SHIFTED:
         room = tl.minimum((batch.to(tl.int64) * groups * D * L - rows) // PER, 1 << 24).to(tl.int32) * PER
         room = room[:, None]
@@ -73,12 +77,18 @@ def readable(rows, batch, groups, L, D: tl.constexpr, PER: tl.constexpr, SHIFTED
 def saved_slots(kind, L, CLASSES: tl.constexpr, PER: tl.constexpr, T: tl.constexpr):
     """How many states the classes before `kind` save, and all of them."""
     kinds = tl.arange(0, CLASSES)
-    slots = (L + kinds * L % PER + (T - 1)) // T - 1
+    slots = (L + kinds * (L % PER) % PER + (T - 1)) // T - 1
     return tl.sum(tl.where(kinds < kind, slots, 0)), tl.sum(slots)
 
 
 @triton.jit
-def load_tile(row_ptr, at, room, mask, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+def decay_rate(A):
+    """A * log2(e); finite, since steps outside of the sequence multiply it by zero."""
+    return tl.maximum(A.to(tl.float32) * LOG2_E, -3e38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_tile(row_ptr, at, room, mask, T: tl.constexpr, V: tl.constexpr):
     """T steps of C rows, as they lie in memory: a tuple of (C, V). Zeros behind `room`."""
     found = ()
     for part in tl.static_range(T // V):
@@ -195,7 +205,7 @@ def scan_1d_forward(
     group = pid // BLOCKS % groups
     chunk = pid // BLOCKS // groups % chunks
     b = (pid // BLOCKS // groups // chunks).to(tl.int64)
-    shift = kind * L % PER
+    shift = kind * (L % PER) % PER
     tiles = (L + shift + (T - 1)) // T
     i0 = chunk * chunk_tiles
     i1 = tl.minimum(i0 + chunk_tiles, tiles)
@@ -230,15 +240,15 @@ def scan_1d_forward(
     h = tl.zeros((C,), tl.float32)
     reach = tl.zeros((C,), tl.float32)
     if N == 1:
-        A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+        A2 = decay_rate(tl.load(A_ptr, mask=mask, other=0.0))
         if not SUMMARY:
             h = tl.load(starts_ptr, mask=in_class < tl.where(chunks > 1, WIDTH, 0), other=0.0)
 
-    us = load_tile(u_ptr, i0 * T, room, mask, C, AT_ONCE * T, V)
-    raws = load_tile(delta_ptr, i0 * T, room, mask, C, AT_ONCE * T, V)
+    us = load_tile(u_ptr, i0 * T, room, mask, AT_ONCE * T, V)
+    raws = load_tile(delta_ptr, i0 * T, room, mask, AT_ONCE * T, V)
     for first in range(i0, i1, AT_ONCE):
-        next_us = load_tile(u_ptr, (first + AT_ONCE) * T, room, mask, C, AT_ONCE * T, V)
-        next_raws = load_tile(delta_ptr, (first + AT_ONCE) * T, room, mask, C, AT_ONCE * T, V)
+        next_us = load_tile(u_ptr, (first + AT_ONCE) * T, room, mask, AT_ONCE * T, V)
+        next_raws = load_tile(delta_ptr, (first + AT_ONCE) * T, room, mask, AT_ONCE * T, V)
         if SHIFTED:
             if (first * T < shift) | ((first + AT_ONCE) * T > shift + L):
                 us = within(us, first * T, shift, L, AT_ONCE * T, V)
@@ -285,10 +295,10 @@ def scan_1d_forward(
                     A = tl.load(A_ptr, mask=mask, other=0.0)
                     for n in range(0, N):
                         next_n = tl.minimum(n + 1, N - 1)
-                        BC_of_next = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
+                        BC_of_next = load_BC(B_ptr + next_n.to(tl.int64) * L, C_ptr + next_n.to(tl.int64) * L, t0, L, T)
                         h_of_next = tl.load(began + next_n * stride, mask=known, other=0.0)
                         A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
-                        A2 = A.to(tl.float32) * LOG2_E
+                        A2 = decay_rate(A)
                         Bs, Cs = spread(BC, T)
                         ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                         if i + 1 < tiles:
@@ -304,7 +314,7 @@ def scan_1d_forward(
                     tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from others
                 if not SUMMARY:
                     if HAS_Z:
-                        zs = unpack(load_tile(z_ptr, i * T, room, mask, C, T, V), 0, C, T, V)
+                        zs = unpack(load_tile(z_ptr, i * T, room, mask, T, V), 0, C, T, V)
                         gated = ()
                         for t in tl.static_range(T):
                             gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
@@ -371,7 +381,8 @@ def scan_1d_backward(
         dB_ptr, dC_ptr: float32, (blocks of a group's channels, B, groups, N, L), each block's part of a sum.
         dA_ptr, dD_ptr, dbias_ptr: float32, (B, chunks, N, groups * D) and twice (B, chunks, groups * D), each
             program's part of a sum; dA holds zeros before.
-        ends_ptr: adjoints that reach chunks from behind, (B, chunks, N, groups * D), zeros where none does; used up.
+        ends_ptr: adjoints that reach chunks from behind, (B, chunks, N, groups * D), zeros where none does; used up
+            where N > 1, and overwritten by SUMMARY.
     """
     WIDTH: tl.constexpr = D // CLASSES  # channels of a class
     BLOCKS: tl.constexpr = CLASSES * ((WIDTH + C - 1) // C)
@@ -384,7 +395,7 @@ def scan_1d_backward(
     group = pid // BLOCKS % groups
     chunk = pid // BLOCKS // groups % chunks
     b = (pid // BLOCKS // groups // chunks).to(tl.int64)
-    shift = kind * L % PER
+    shift = kind * (L % PER) % PER
     tiles = (L + shift + (T - 1)) // T
     i0 = chunk * chunk_tiles
     i1 = tl.minimum(i0 + chunk_tiles, tiles)
@@ -429,38 +440,39 @@ def scan_1d_backward(
     dskip = tl.zeros((C,), tl.float32)
     eight = tl.arange(0, 8)[None, :]
     if N == 1:
-        A2 = tl.load(A_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+        A2 = decay_rate(tl.load(A_ptr, mask=mask, other=0.0))
         if not SUMMARY:
             s = tl.load(ends_ptr, mask=mask, other=0.0)
 
-    us = load_tile(u_ptr, (i1 - 1) * T, room, mask, C, T, V)
-    raws = load_tile(delta_ptr, (i1 - 1) * T, room, mask, C, T, V)
-    dys = load_tile(dy_ptr, (i1 - 1) * T, room, mask, C, T, V)
+    us = load_tile(u_ptr, (i1 - 1) * T, room, mask, T, V)
+    raws = load_tile(delta_ptr, (i1 - 1) * T, room, mask, T, V)
+    dys = load_tile(dy_ptr, (i1 - 1) * T, room, mask, T, V)
     for back in range(0, i1 - i0):
         i = i1 - 1 - back
         t0 = i * T - shift
         following = tl.maximum(i - 1, 0) * T
-        next_us = load_tile(u_ptr, following, room, mask, C, T, V)
-        next_raws = load_tile(delta_ptr, following, room, mask, C, T, V)
-        next_dys = load_tile(dy_ptr, following, room, mask, C, T, V)
+        next_us = load_tile(u_ptr, following, room, mask, T, V)
+        next_raws = load_tile(delta_ptr, following, room, mask, T, V)
+        next_dys = load_tile(dy_ptr, following, room, mask, T, V)
         BC = load_BC(B_ptr, C_ptr, t0, L, T)
         began = saved_ptr + (i - 1) * N * width
         known = in_class < tl.where(i > 0, WIDTH, 0)
         h = tl.load(began, mask=known, other=0.0)
 
+        if HAS_Z:
+            gates = load_tile(z_ptr, i * T, room, mask, T, V)
         if SHIFTED:
             if (t0 < 0) | (t0 + T > L):
                 us = within(us, i * T, shift, L, T, V)
                 raws = within(raws, i * T, shift, L, T, V)
                 dys = within(dys, i * T, shift, L, T, V)
+                if HAS_Z:
+                    gates = within(gates, i * T, shift, L, T, V)
         # Outside of the sequence Δ = 0 and dy = 0: nothing comes from there, and an adjoint passes through.
         wide_us = unpack(us, 0, C, T, V)
         wide_raws = unpack(raws, 0, C, T, V)
         wide_dys = unpack(dys, 0, C, T, V)
         if HAS_Z:
-            gates = load_tile(z_ptr, i * T, room, mask, C, T, V)
-            if SHIFTED:
-                gates = within(gates, i * T, shift, L, T, V)
             zs = unpack(gates, 0, C, T, V)
             gated = ()
             for t in tl.static_range(T):
@@ -493,7 +505,7 @@ def scan_1d_backward(
         if N == 1:
             Bs, Cs = spread(BC, T)
             s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, FULL, T
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, -t0, L - t0, FULL, T
             )
             dA += dA_tile
             if not SUMMARY:
@@ -507,7 +519,7 @@ def scan_1d_backward(
             A = tl.load(A_ptr, mask=mask, other=0.0)
             for n in range(0, N):
                 next_n = tl.minimum(n + 1, N - 1)
-                BC_of_next = load_BC(B_ptr + next_n * L, C_ptr + next_n * L, t0, L, T)
+                BC_of_next = load_BC(B_ptr + next_n.to(tl.int64) * L, C_ptr + next_n.to(tl.int64) * L, t0, L, T)
                 h_of_next = tl.load(began + next_n * width, mask=known, other=0.0)
                 s_of_next = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
                 A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
@@ -515,10 +527,10 @@ def scan_1d_backward(
                     s = tl.where(back > 0, s, 0.0)
                 else:
                     dA = tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
-                A2 = A.to(tl.float32) * LOG2_E
+                A2 = decay_rate(A)
                 Bs, Cs = spread(BC, T)
                 s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, L - t0, FULL, T
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, -t0, L - t0, FULL, T
                 )
                 tl.store(ends_ptr + n * channels, s, mask=mask)
                 if not SUMMARY:
@@ -586,7 +598,7 @@ def selective_scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `parallel.selective_scan`."""
-    u, delta, A, B, C, D, z, delta_bias = _contiguous(u, delta, A, B, C, D, z, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias = _contiguous(u, delta, A, *_alike(B, C), D, z, delta_bias)
     batch, channels, _ = u.shape
     d_state = A.shape[1]
     with torch.cuda.device_of(u):
@@ -594,7 +606,8 @@ def selective_scan(
         split = _split(u, delta, z, B.shape[1])
         chunks, starts, reach = _cut(u, B.shape[1], d_state, split)
         y, last = torch.empty_like(u), u.new_empty(batch, channels, d_state, dtype=torch.float32)
-        saved = u.new_empty(saved_numel_1d(u, delta, z, B.shape[1], d_state), dtype=torch.float32)
+        saved = u.new_empty(saved_numel_1d(u.shape, d_state), dtype=torch.float32)
+        saved[_saved(u, split, d_state) :].zero_()  # what a caller sees is the same at every call
 
         def launch(summary: bool) -> None:
             scan_1d_forward[_grid(u, B.shape[1], chunks, split)](
@@ -640,7 +653,8 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor | None, ...]:
     """As `parallel.selective_scan_backward`. Programs write their parts of sums side by side; torch adds them up."""
-    dy, u, delta, A, B, C, D, z, delta_bias = _contiguous(dy, u, delta, A, B, C, D, z, delta_bias)
+    given = B.dtype, C.dtype
+    dy, u, delta, A, B, C, D, z, delta_bias = _contiguous(dy, u, delta, A, *_alike(B, C), D, z, delta_bias)
     batch, channels, _ = u.shape
     groups, d_state = B.shape[1], A.shape[1]
     split = _split(u, delta, z, groups)
@@ -654,7 +668,7 @@ def selective_scan_backward(
         du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
         dB, dC = (torch.empty(split.blocks, *B.shape, dtype=torch.float32, device=u.device) for _ in range(2))
         dA = _zeros(u, batch, chunks.count, d_state, channels)
-        dD, dbias = (torch.empty(batch, chunks.count, channels, dtype=torch.float32, device=u.device) for _ in range(2))
+        dD, dbias = (_zeros(u, batch, chunks.count, channels) for _ in range(2))
 
         def launch(summary: bool) -> None:
             scan_1d_backward[_grid(u, groups, chunks, split)](
@@ -694,27 +708,31 @@ def selective_scan_backward(
             du,
             ddelta,
             dA.sum((0, 1)).mT.to(A.dtype),
-            dB.sum(0).to(B.dtype),
-            dC.sum(0).to(C.dtype),
+            dB.sum(0).to(given[0]),
+            dC.sum(0).to(given[1]),
             None if D is None else dD.sum((0, 1)).to(D.dtype),
             dz,
             None if delta_bias is None else dbias.sum((0, 1)).to(delta_bias.dtype),
         )
 
 
-def saved_numel_1d(u: Tensor, delta: Tensor, z: Tensor | None, groups: int, d_state: int) -> int:
-    """The number of states that `selective_scan` saves: one a tile, but the last; at most one in 16 steps."""
-    classes, steps, _ = _split(u, delta, z, groups)
+def saved_numel_1d(shape: torch.Size, d_state: int) -> int:
+    """The number of states that `selective_scan` saves, at most: one in 16 steps."""
+    batch, channels, length = shape
+    return batch * channels * d_state * length // STEPS
+
+
+def _saved(u: Tensor, split: "Split", d_state: int) -> int:
     batch, channels, length = u.shape
-    slots = sum(-(-(length + kind * length % steps) // STEPS) - 1 for kind in range(classes))
-    return batch * slots * d_state * (channels // classes)
+    slots = sum(-(-(length + kind * length % split.steps) // STEPS) - 1 for kind in range(split.classes))
+    return batch * slots * d_state * (channels // split.classes)
 
 
 class Split(NamedTuple):
     """How the channels of a group are dealt out to programs.
 
     Attributes:
-        classes: a program takes every so-maniest channel, so that all its rows begin at the same place of a sector.
+        classes: of channels whose rows begin at the same place of a sector, every `classes`-th; a program has one.
         steps: of a sector.
         blocks: programs of a group.
     """
@@ -729,9 +747,14 @@ def _split(u: Tensor, delta: Tensor, z: Tensor | None, groups: int) -> Split:
     steps = SECTOR // u.element_size()
     classes = steps // math.gcd(steps, u.shape[2])
     alike = len({t.element_size() for t in (u, delta, z) if t is not None}) == 1
-    if not alike or width % classes or 2 * (width // classes) < CHANNELS:
+    if not alike or width % classes or 2 * (width // classes) < CHANNELS:  # half of a warp's threads have a channel
         classes = 1
     return Split(classes, steps, classes * triton.cdiv(width // classes, CHANNELS))
+
+
+def _alike(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C in one dtype, since a load reads both."""
+    return (B, C) if B.dtype == C.dtype else (B.float(), C.float())
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
@@ -750,8 +773,8 @@ def _cut(u: Tensor, groups: int, d_state: int, split: Split) -> tuple[Chunks, Te
     if chunks.count == 1:
         none = u.new_empty(0, dtype=torch.float32)
         return chunks, none, none
-    values = torch.empty(batch, chunks.count, d_state, channels, dtype=torch.float32, device=u.device)
-    return chunks, values, torch.empty(batch, chunks.count, channels, dtype=torch.float32, device=u.device)
+    # A class with fewer tiles leaves its last chunk out.
+    return chunks, _zeros(u, batch, chunks.count, d_state, channels), _zeros(u, batch, chunks.count, channels)
 
 
 def _carry(chunks: Chunks, values: Tensor, reach: Tensor, A: Tensor, initial: Tensor | None, reverse: bool) -> None:

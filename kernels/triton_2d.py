@@ -346,6 +346,7 @@ def scan_2d_backward(
     mask = d < D
     r = tl.arange(0, RP)
     steps_of_tile = tl.arange(0, T)
+    eight = tl.arange(0, 8)
     wide_row = row.to(tl.int64)
     x_ptr += b * L * D
     p_ptr += b * L * (S * W) + weights * W
@@ -425,13 +426,12 @@ def scan_2d_backward(
             reach += step
             dskip += dy * x
         dp_rows = dp_ptr + to.to(tl.int64) * W
-        in_route = steps_of_tile < length - i * T
-        eight = tl.arange(0, 8)
         rest = length - i * T
+        in_route = steps_of_tile < rest
         if N == 1:
             Bs, Cs = spread(BC, T)
             s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, rest, FULL, T
+                steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, 0, rest, FULL, T
             )
             dA += dA_tile
             if not SUMMARY:
@@ -458,7 +458,7 @@ def scan_2d_backward(
                 A2 = decay_rate(A_log)
                 Bs, Cs = spread(BC, T)
                 s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
-                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, rest, FULL, T
+                    steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, 0, rest, FULL, T
                 )
                 tl.store(ends_ptr + n * D, s, mask=mask)
                 if not SUMMARY:

@@ -110,12 +110,15 @@ def walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T: tl.constexpr):
 
 
 @triton.jit
-def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, rest, FULL: tl.constexpr, T: tl.constexpr):
+def walk_backward(
+    steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, lead, rest, FULL: tl.constexpr, T: tl.constexpr
+):
     """One state through a tile and back.
 
     Args, of T vectors each: steps Δ, inputs Δ u, Bs, Cs, dys. h is the state before the tile, s the adjoint
-    exp(Δ A) dh of the step behind it; rest says how many of the steps are any. Added to: ys, C h; dinputs, the
-    gradients of Δ u; dsteps, those of Δ inside the exponent.
+    exp(Δ A) dh of the step behind it. The sequence has the steps from `lead` on and before `rest`, unless all are FULL;
+    at the others Δ, B, C and dy are zero. Added to: ys, C h; dinputs, the gradients of Δ u; dsteps, those of Δ inside
+    the exponent.
 
     Returns:
         (s before the tile, ys, dinputs, dsteps, gradient of A summed over the tile, and T vectors each whose sums
@@ -144,7 +147,7 @@ def walk_backward(steps, inputs, Bs, Cs, dys, A2, h, s, ys, dinputs, dsteps, res
         dus = (dinputs[t] + g * Bs[t].to(tl.float32),) + dus
         through = g * kept[t]
         if not FULL:
-            through = tl.where(t < rest, through, 0.0)  # behind the end kept may be NaN, and 0 times it too
+            through = tl.where((t >= lead) & (t < rest), through, 0.0)  # outside kept may be NaN, and 0 times it too
         dts = (dsteps[t] + A * through,) + dts
         dA += steps[t] * through
         s = decays[t] * g
@@ -166,7 +169,7 @@ def sum_channels(columns, sums, column, C: tl.constexpr, T: tl.constexpr, PRECIS
 def widen(x):
     """In float32, in a way that the compiler leaves where it stands.
 
-    What lies among threads and is then exchanged, it would exchange first, for each thread to widen all of it.
+    Otherwise it exchanges 16-bit values between threads first, and every thread then widens all of them.
     """
     if INTERPRETED:
         wide = x.to(tl.float32)

@@ -467,9 +467,32 @@ def test_chunks_of_several_tiles_and_sequences_of_several_lengths(monkeypatch, m
 
 
 @devices
-def test_chunks_of_rows_that_begin_anywhere_in_a_sector(monkeypatch, make_1d, assert_exact, device):
-    cut_into(monkeypatch, 2)
-    assert_exact(scan_and_last, to(make_1d(1, 40, 84, 2, dtype=FLOAT32, grad=False), device))
+@pytest.mark.parametrize("d_state", [1, 2])
+def test_chunks_of_rows_that_begin_anywhere_in_a_sector(monkeypatch, make_1d, assert_exact, device, d_state):
+    cut_into(monkeypatch, 2)  # of four classes, two have five tiles and three chunks, the others four and two
+    assert_exact(scan_and_last, to(make_1d(1, 64, 62, d_state, dtype=FLOAT32, grad=False), device))
+
+
+@devices
+@pytest.mark.parametrize("name", ["delta", "B"])
+def test_inputs_of_several_dtypes(make_1d, outputs_and_gradients, relative_error, device, name):
+    arguments = to(make_1d(1, 40, 52, 2, dtype=FLOAT32, grad=False), device)
+    arguments[name] = arguments[name].to(BF16)
+    scan = partial(scan_and_last, delta_softplus=arguments.pop("delta_softplus"))
+    found, expected = (outputs_and_gradients(scan, arguments, backend=b) for b in (BACKEND, "reference"))
+    for part, same in zip(found, expected, strict=True):
+        assert {key: t.dtype for key, t in part.items()} == {key: t.dtype for key, t in same.items()}
+        assert all(relative_error(part[key], t) < 2**-7 for key, t in same.items())
+
+
+@devices
+def test_an_immediate_decay(make_1d, device):
+    arguments = to(make_1d(1, 64, 52, 2, dtype=FLOAT32, grad=False), device)
+    arguments["A"] = torch.full_like(arguments["A"], -torch.inf)
+    arguments["delta"] = arguments["delta"].abs() + 0.1
+    found, expected = (scan_and_last(**arguments, backend=b) for b in (BACKEND, "reference"))
+    for t, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(t, same, rtol=1e-5, atol=1e-5)
 
 
 @devices
@@ -629,7 +652,7 @@ def test_a_new_size_compiles_nothing(monkeypatch, make_1d, make_2d, outputs_and_
         outputs_and_gradients(scan, to(arguments, device, dtype))
         assert not compiled or (height, width) in kinds, f"{height}x{width} compiled {compiled}"
         compiled.clear()
-    kinds = (3136, 3128, 3132, 3135)  # whole tiles; steps read 8 or 4 at once, where these divide the length; others
+    kinds = (3136, 3128, 3132, 3134, 3135)  # whole tiles; a multiple of 8, of 4, of 2; others
     for length in (*kinds, 2304, 588, 943, 72):
         outputs_and_gradients(
             partial(scan_and_last, backend=BACKEND), to(make_1d(4, 100, length, 1, grad=False), device, dtype)
