@@ -1,0 +1,339 @@
+"""Pathfinder's pictures: dashed curves that never touch, two of them long, and a dot at two of the long ones' ends.
+
+All is integer arithmetic on `random_bits`, so that a key gives the same bits on every machine. Lengths are in units of
+1/256 px, directions are numbers of 64ths of a turn. Many pictures are drawn at once, each from a key of its own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from msv.data.sampling import random_bits
+
+PIXEL = 256  # units of length
+TURN = 64  # units of direction
+PHASES = 4  # places of a shape between two pixels, along each axis
+SAMPLES = 8  # of a pixel, along each axis, for smooth edges
+
+DASH = 4 * PIXEL
+HALF_WIDTH = 3 * PIXEL // 4
+DOT_RADIUS = 9 * PIXEL // 4
+CLEARANCE = 2  # pixels by which the middles of two paths' strokes are farther apart than a gap is long
+BORDER = 4  # pixels between the middle of a stroke and the picture's edge
+CHOICES = 8  # turns that are looked at for a dash
+REACH = 3  # pixels that a dash or dot covers, at most, on each side of its middle's
+ATTEMPTS = 40  # paths that are begun before the picture is begun again
+CHUNK = 1024  # pictures made at once
+
+# A cosine's error is far below its distance to the next half, so that every libm gives these integers.
+_ANGLES = [2 * math.pi * k / TURN for k in range(TURN)]
+COMPASS = np.array([[round(PIXEL * math.cos(a)), round(PIXEL * math.sin(a))] for a in _ANGLES], dtype=np.int64)
+"""(TURN, 2): x and y of one pixel's length in each direction."""
+
+Begin = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Where and in which direction paths begin, (B, 2) and (B,), of the pictures' numbers (B,) and random bits (B,)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a picture holds.
+
+    Attributes:
+        size: side of the picture in pixels.
+        dashes: of each of the two long paths.
+        distractors: number of short paths.
+        distractor_dashes: of each short path.
+        gap: between two dashes of a path, in pixels.
+        turn: largest turn from a dash to the next, in 64ths of a full turn (5.6 degrees).
+    """
+
+    size: int
+    dashes: int
+    distractors: int
+    distractor_dashes: int
+    gap: int
+    turn: int
+
+
+def draw(layout: Layout, keys: np.ndarray, joined: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (N, size, size), light strokes on black; each is a function of its own key and label.
+
+    A key's strokes are the same whatever its label: the label says which ends the dots are on.
+
+    Args:
+        layout: of the pictures.
+        keys: uint64 (N,).
+        joined: bool (N,), whether the two dots are the ends of one path, or of two.
+    """
+    pictures = np.zeros((len(keys), layout.size, layout.size), np.uint8)
+    waiting, begun = np.arange(len(keys)), 0
+    while len(waiting):
+        failed = []
+        for chunk in np.split(waiting, range(CHUNK, len(waiting), CHUNK)):
+            scenes = Scenes(layout, random_bits(keys[chunk], begun))
+            scenes.add_path(layout.dashes)
+            scenes.add_twin()
+            for _ in range(layout.distractors):
+                scenes.add_path(layout.distractor_dashes)
+            done = chunk[scenes.kept]
+            pictures[done] = scenes.render(joined[done])
+            failed.append(np.delete(chunk, scenes.kept))
+        waiting = np.concatenate(failed)
+        begun += 1
+    return pictures
+
+
+class Scenes:
+    """Pictures in the making, B of them; those that cannot be finished are dropped on the way.
+
+    Attributes:
+        kept: (B,) which of the pictures begun these are.
+        middles: for each path (B, dashes, 2), x and y of the dashes' middles.
+        headings: for each path (B, dashes), the dashes' directions.
+        rival: (B,) the end of the first path (0 or 1) that is as the first path's own ends are, seen from the second's.
+    """
+
+    def __init__(self, layout: Layout, keys: np.ndarray):
+        self.layout, self.keys = layout, keys
+        self.kept = np.arange(len(keys))
+        self.middles: list[np.ndarray] = []
+        self.headings: list[np.ndarray] = []
+        self.rival = np.zeros(len(keys), np.int64)
+        self.pitch = DASH + layout.gap * PIXEL
+        # The map of taken pixels, flat, with a margin that a step from anywhere inside cannot leave.
+        self.margin = -(-2 * self.pitch // PIXEL)
+        self.width = layout.size + 2 * self.margin
+        inner = slice(self.margin + BORDER, self.margin + layout.size - BORDER)
+        taken = np.ones((self.width, self.width), bool)
+        taken[inner, inner] = False
+        self.taken = np.repeat(taken.reshape(1, -1), len(keys), axis=0)
+        # What a dash in each direction covers, seen from the gap's middle before it, and what the next would.
+        eighths = np.arange(1, 16, 2)[:, None, None] * self.pitch // 8
+        self.covers = self._cells(_pixels(COMPASS * eighths // PIXEL + PIXEL // 2))  # (8, TURN)
+        self.clearance = layout.gap + CLEARANCE
+        near = range(-self.clearance, self.clearance + 1)
+        disc = [y * self.width + x for y in near for x in near if x * x + y * y < self.clearance**2]
+        self.shadows = self.covers[:4, :, None] + np.array(disc)  # (4, TURN, cells)
+
+    def add_path(self, dashes: int) -> None:
+        """Adds a path to each picture, from anywhere in any direction."""
+        inside = (self.layout.size - 2 * BORDER) * PIXEL
+
+        def anywhere(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            place = np.stack([below(inside, bits, 0, 24), below(inside, bits, 24, 24)], axis=1) + BORDER * PIXEL
+            return place, below(TURN, bits, 48, 16)
+
+        self._add(dashes, anywhere)
+
+    def add_twin(self) -> None:
+        """Adds a path as long as the first, which begins so that its first end is a rival of one of the first's.
+
+        From an end of the first path, the twin's first end is as far away, and to be seen at the same angles, as the
+        first path's ends from each other: mirrored, or with the two ends' angles swapped, or both. So neither places
+        nor directions of the dots tell whether one path joins them; only following it does.
+        """
+        ends, inward = self.ends(0)
+
+        def rival(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            kind, end = below(3, bits, 0, 16), below(2, bits, 16, 16)
+            self.rival[rows] = end
+            swapped, mirrored = kind != 0, kind != 2
+            # How the first path's ends are to each other, seen from `origin`...
+            origin = np.where(swapped, 1 - end, end)
+            way = ends[rows, 1 - origin] - ends[rows, origin]
+            axis, view = inward[rows, origin], inward[rows, 1 - origin]
+            # ... turned to `end`: by the angle between the two ends' headings.
+            target = inward[rows, end]
+            way = np.where(mirrored[:, None], _mirrored(way, axis + target), _turned(way, target - axis))
+            heading = np.where(mirrored, axis + target - view, view + target - axis) % TURN
+            tip = ends[rows, end] + way
+            return tip - _step(heading, self.layout.gap * PIXEL // 2), heading
+
+        self._add(self.layout.dashes, rival, straight=True)
+
+    def ends(self, path: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tips (B, 2, 2) of a path's first and last dash, and (B, 2) in which direction the path lies from there."""
+        middles, headings = self.middles[path][:, [0, -1]], self.headings[path][:, [0, -1]]
+        inward = (headings + [0, TURN // 2]) % TURN
+        return middles - _step(inward, DASH // 2), inward
+
+    def render(self, joined: np.ndarray) -> np.ndarray:
+        """The pictures, uint8 (B, size, size), with the dots on one path where `joined` (B,), else on two."""
+        canvas = Canvas(len(self.keys), self.layout.size)
+        for middles, headings in zip(self.middles, self.headings, strict=True):
+            for dash in range(headings.shape[1]):
+                canvas.put(_DASHES, headings[:, dash], middles[:, dash])
+        (first, _), (second, _) = self.ends(0), self.ends(1)
+        rows, other = np.arange(len(joined)), 1 - self.rival
+        canvas.put(_DOT, 0, first[rows, self.rival])
+        canvas.put(_DOT, 0, np.where(joined[:, None], first[rows, other], second[:, 0]))
+        return canvas.pictures()
+
+    def _add(self, dashes: int, begin: Begin, straight: bool = False) -> None:
+        """Adds a path to each picture, and drops those pictures where none was found."""
+        count, number = len(self.keys), len(self.middles)
+        middles, headings = np.zeros((count, dashes, 2), np.int64), np.zeros((count, dashes), np.int64)
+        waiting = np.arange(count)
+        for attempt in range(ATTEMPTS):
+            if not len(waiting):
+                break
+            bits = random_bits(self.keys[waiting, None], number, attempt, np.arange(dashes + 1))
+            # For each dash and choice a byte.
+            turns = below(2 * self.layout.turn + 1, bits[:, 1:, None], 8 * np.arange(CHOICES), 8) - self.layout.turn
+            if straight:
+                turns[:, 0] = 0
+            found, *path = self._walk(waiting, *begin(waiting, bits[:, 0]), turns)
+            free = waiting[found]
+            middles[free], headings[free] = path
+            waiting = np.delete(waiting, found)
+        self.middles.append(middles)
+        self.headings.append(headings)
+        self._keep(np.delete(np.arange(count), waiting))
+        self._take(self.middles[-1], self.headings[-1])
+
+    def _walk(
+        self, rows: np.ndarray, place: np.ndarray, heading: np.ndarray, turns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Walks through pictures `rows` (B,), dash by dash, where there is room.
+
+        Args:
+            rows: numbers of the pictures, (B,).
+            place: (B, 2), half a gap before the first dash.
+            heading: (B,), the first dash's, but for its turn.
+            turns: (B, dashes, CHOICES), what each dash may turn by.
+
+        Returns:
+            Which of the B walks found their way, and their dashes' middles and headings.
+        """
+        apart = (self.clearance * PIXEL + self.pitch // 2) ** 2
+        dashes, taken = turns.shape[1], self.taken.reshape(-1)
+        middles, headings = np.zeros((len(rows), dashes, 2), np.int64), np.zeros((len(rows), dashes), np.int64)
+        walks = np.flatnonzero(((place >= 0) & (place < self.layout.size * PIXEL)).all(axis=1))
+        place, heading = place[walks], heading[walks]
+        for dash in range(dashes):
+            ways = (heading[:, None] + turns[walks, dash]) % TURN  # (B, CHOICES)
+            ahead = place[:, None] + _step(ways, self.pitch // 2)
+            here = rows[walks, None] * self.width**2 + self._cells(_pixels(place) + self.margin)[:, None]
+            covered = [taken[here + cover[ways]] for cover in self.covers]
+            shut = np.logical_or.reduce(covered[:4])
+            for earlier in range(dash - 1):  # the dash before is too near to be kept clear of
+                shut |= ((ahead - middles[walks, None, earlier]) ** 2).sum(axis=-1) < apart
+            # The first turn that has room, for the next dash as well if that can be.
+            choice = (2 * shut + np.logical_or.reduce(covered[4:])).argmin(axis=1)
+            each = np.arange(len(walks))
+            free = each[~shut[each, choice]]
+            walks, choice = walks[free], choice[free]
+            middle, heading = ahead[free, choice], ways[free, choice]
+            middles[walks, dash], headings[walks, dash] = middle, heading
+            place = 2 * middle - place[free]
+        return walks, middles[walks], headings[walks]
+
+    def _take(self, middles: np.ndarray, headings: np.ndarray) -> None:
+        """Marks what lies too near to a path."""
+        starts = self._cells(_pixels(middles - _step(headings, self.pitch // 2)) + self.margin)
+        rows = np.arange(len(starts))[:, None]
+        for dash in range(starts.shape[1]):
+            for shadow in self.shadows:
+                self.taken[rows, starts[:, dash, None] + shadow[headings[:, dash]]] = True
+
+    def _keep(self, chosen: np.ndarray) -> None:
+        """Drops all pictures but the chosen ones, indices (B,)."""
+        if len(chosen) == len(self.keys):
+            return
+        self.kept, self.keys, self.taken = self.kept[chosen], self.keys[chosen], self.taken[chosen]
+        self.middles = [middles[chosen] for middles in self.middles]
+        self.headings = [headings[chosen] for headings in self.headings]
+        self.rival = self.rival[chosen]
+
+    def _cells(self, pixels: np.ndarray) -> np.ndarray:
+        """Places on the flat map of pixels (..., 2)."""
+        return pixels[..., 1] * self.width + pixels[..., 0]
+
+
+class Canvas:
+    """Black pictures on which shapes are put, one in each picture at a time, the lighter pixel winning.
+
+    Args:
+        count: B, how many pictures.
+        size: their side in pixels.
+    """
+
+    def __init__(self, count: int, size: int):
+        self.size, self.width = size, size + 2 * REACH
+        self.pixels = np.zeros((count, self.width**2), np.uint8)
+        square = np.arange(2 * REACH + 1)
+        self.square = (square[:, None] * self.width + square).reshape(-1)
+
+    def put(self, shapes: np.ndarray, which: np.ndarray | int, places: np.ndarray) -> None:
+        """Puts a shape with its middle at `places` (B, 2) of the pictures; `shapes` as of `capsules`."""
+        column, row = _pixels(places).T
+        phase = places % PIXEL * PHASES // PIXEL
+        cells = (row * self.width + column)[:, None] + self.square
+        rows = np.arange(len(places))[:, None]
+        shape = shapes[which, phase[:, 1], phase[:, 0]]
+        self.pixels[rows, cells] = np.maximum(self.pixels[rows, cells], shape)
+
+    def pictures(self) -> np.ndarray:
+        """The pictures, uint8 (B, size, size)."""
+        inner = slice(REACH, REACH + self.size)
+        return self.pixels.reshape(-1, self.width, self.width)[:, inner, inner]
+
+
+def capsules(headings: np.ndarray, length: int, radius: int) -> np.ndarray:
+    """Strokes with round ends, as light as they cover a pixel: uint8 (headings, PHASES, PHASES, (2·REACH + 1)²).
+
+    Args:
+        headings: directions.
+        length: from tip to tip.
+        radius: half the width.
+
+    Returns:
+        For each heading and each place of the middle within a pixel, y first, a square round that pixel, flat.
+    """
+    line = (np.arange(-REACH * SAMPLES, (REACH + 1) * SAMPLES) * 2 + 1) * PIXEL // (2 * SAMPLES)
+    phase = (2 * np.arange(PHASES) + 1) * PIXEL // (2 * PHASES)
+    axis = line - phase[:, None]  # (PHASES, samples): from the middle
+    shapes = []
+    for x, y in COMPASS[headings]:
+        right, down = axis[None, :, None, :], axis[:, None, :, None]
+        half = length // 2 - radius
+        along = np.clip((right * x + down * y) // PIXEL, -half, half)
+        distance = (right - along * x // PIXEL) ** 2 + (down - along * y // PIXEL) ** 2
+        inside = (distance <= radius**2).reshape(PHASES, PHASES, 2 * REACH + 1, SAMPLES, 2 * REACH + 1, SAMPLES)
+        covered = inside.sum(axis=(3, 5))
+        shapes.append((covered * 255 // SAMPLES**2).reshape(PHASES, PHASES, -1))
+    return np.stack(shapes).astype(np.uint8)
+
+
+def below(bound: int, bits: np.ndarray, shift: int | np.ndarray, width: int) -> np.ndarray:
+    """Integers from 0 to bound - 1, int64, of `width` bits of each word from bit `shift` on."""
+    part = (bits >> np.asarray(shift, np.uint64)) & np.uint64(2**width - 1)
+    return (part * np.uint64(bound) >> np.uint64(width)).astype(np.int64)
+
+
+def _step(headings: np.ndarray, length: int) -> np.ndarray:
+    """x and y of a length in directions (...,): (..., 2)."""
+    return COMPASS[headings] * length // PIXEL
+
+
+def _pixels(places: np.ndarray) -> np.ndarray:
+    """The pixels in which places lie."""
+    return places // PIXEL
+
+
+def _turned(ways: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Vectors (B, 2) turned by (B,) 64ths."""
+    (x, y), (cos, sin) = ways.T, COMPASS[by % TURN].T
+    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=1) // PIXEL
+
+
+def _mirrored(ways: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Vectors (B, 2) in direction a, put in direction `by` - a."""
+    (x, y), (cos, sin) = ways.T, COMPASS[by % TURN].T
+    return np.stack([cos * x + sin * y, sin * x - cos * y], axis=1) // PIXEL
+
+
+_DASHES = capsules(np.arange(TURN), DASH, HALF_WIDTH)
+_DOT = capsules(np.arange(1), 2 * DOT_RADIUS, DOT_RADIUS)
