@@ -1,39 +1,28 @@
 """Pathfinder's pictures: dashed curves that never touch, two of them long, and a dot at two of the long ones' ends.
 
-All is integer arithmetic on `random_bits`, so that a key gives the same bits on every machine. Lengths are in units of
-1/256 px, directions are numbers of 64ths of a turn. Many pictures are drawn at once, each from a key of its own.
+All is integer arithmetic on `random_bits`, so that a key gives the same bits on every machine. Many pictures are drawn
+at once, each from a key of its own.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from msv.data.sampling import random_bits
-
-PIXEL = 256  # units of length
-TURN = 64  # units of direction
-PHASES = 4  # places of a shape between two pixels, along each axis
-SAMPLES = 8  # of a pixel, along each axis, for smooth edges
+from msv.data.strokes import COMPASS, PIXEL, TURN, Canvas, capsules, mirrored, pixels_of, step, turned
 
 DASH = 4 * PIXEL
 HALF_WIDTH = 3 * PIXEL // 4
 DOT_RADIUS = 9 * PIXEL // 4
 CLEARANCE = 2  # pixels by which the middles of two paths' strokes are farther apart than a gap is long
 BORDER = 4  # pixels between the middle of a stroke and the picture's edge
-CHOICES = 8  # turns that are looked at for a dash
-REACH = 3  # pixels that a dash or dot covers, at most, on each side of its middle's
-ATTEMPTS = 40  # paths that are begun before the picture is begun again
+CHOICES = 8  # turns that are looked at for a dash, a byte of random bits each
+ATTEMPTS = 24  # paths that are begun before the picture is begun again
 CHUNK = 1024  # pictures made at once
 
-# A cosine's error is far below its distance to the next half, so that every libm gives these integers.
-_ANGLES = [2 * math.pi * k / TURN for k in range(TURN)]
-COMPASS = np.array([[round(PIXEL * math.cos(a)), round(PIXEL * math.sin(a))] for a in _ANGLES], dtype=np.int64)
-"""(TURN, 2): x and y of one pixel's length in each direction."""
-
 Begin = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Where and in which direction paths begin, (B, 2) and (B,), of the pictures' numbers (B,) and random bits (B,)."""
+"""From pictures' numbers (B,) and random bits (B,): where a path begins, (B, 2), and in which direction, (B,)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ class Scenes:
         kept: (B,) which of the pictures begun these are.
         middles: for each path (B, dashes, 2), x and y of the dashes' middles.
         headings: for each path (B, dashes), the dashes' directions.
-        rival: (B,) the end of the first path (0 or 1) that is as the first path's own ends are, seen from the second's.
+        rival: (B,), the end of the first path, 0 or 1, that the second path's first end vies for; see `add_twin`.
     """
 
     def __init__(self, layout: Layout, keys: np.ndarray):
@@ -111,7 +100,7 @@ class Scenes:
         self.taken = np.repeat(taken.reshape(1, -1), len(keys), axis=0)
         # What a dash in each direction covers, seen from the gap's middle before it, and what the next would.
         eighths = np.arange(1, 16, 2)[:, None, None] * self.pitch // 8
-        self.covers = self._cells(_pixels(COMPASS * eighths // PIXEL + PIXEL // 2))  # (8, TURN)
+        self.covers = self._cells(pixels_of(COMPASS * eighths // PIXEL + PIXEL // 2))  # (8, TURN)
         self.clearance = layout.gap + CLEARANCE
         near = range(-self.clearance, self.clearance + 1)
         disc = [y * self.width + x for y in near for x in near if x * x + y * y < self.clearance**2]
@@ -128,36 +117,38 @@ class Scenes:
         self._add(dashes, anywhere)
 
     def add_twin(self) -> None:
-        """Adds a path as long as the first, which begins so that its first end is a rival of one of the first's.
+        """Adds a path as long as the first, whose first end is to an end of the first as that's two are to each other.
 
-        From an end of the first path, the twin's first end is as far away, and to be seen at the same angles, as the
-        first path's ends from each other: mirrored, or with the two ends' angles swapped, or both. So neither places
-        nor directions of the dots tell whether one path joins them; only following it does.
+        As far away, and under the same two angles: mirrored, or with the angles swapped, or both. So neither the dots'
+        distance nor the directions in which paths leave them tell whether one path joins them.
         """
         ends, inward = self.ends(0)
 
         def rival(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             kind, end = below(3, bits, 0, 16), below(2, bits, 16, 16)
             self.rival[rows] = end
-            swapped, mirrored = kind != 0, kind != 2
-            # How the first path's ends are to each other, seen from `origin`...
-            origin = np.where(swapped, 1 - end, end)
-            way = ends[rows, 1 - origin] - ends[rows, origin]
-            axis, view = inward[rows, origin], inward[rows, 1 - origin]
-            # ... turned to `end`: by the angle between the two ends' headings.
+            swap, mirror = kind != 0, kind != 2
+            # How the other end is seen from `origin`, which looks along `axis`...
+            origin = np.where(swap, 1 - end, end)
+            way, axis, view = (
+                ends[rows, 1 - origin] - ends[rows, origin],
+                inward[rows, origin],
+                inward[rows, 1 - origin],
+            )
+            # ... as seen from `end`, which looks along `target`.
             target = inward[rows, end]
-            way = np.where(mirrored[:, None], _mirrored(way, axis + target), _turned(way, target - axis))
-            heading = np.where(mirrored, axis + target - view, view + target - axis) % TURN
+            way = np.where(mirror[:, None], mirrored(way, axis + target), turned(way, target - axis))
+            heading = np.where(mirror, axis + target - view, target - axis + view) % TURN
             tip = ends[rows, end] + way
-            return tip - _step(heading, self.layout.gap * PIXEL // 2), heading
+            return tip - step(heading, self.layout.gap * PIXEL // 2), heading
 
         self._add(self.layout.dashes, rival, straight=True)
 
     def ends(self, path: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tips (B, 2, 2) of a path's first and last dash, and (B, 2) in which direction the path lies from there."""
+        """The tips (B, 2, 2) of a path's first and last dash, and the directions (B, 2) from there into the path."""
         middles, headings = self.middles[path][:, [0, -1]], self.headings[path][:, [0, -1]]
-        inward = (headings + [0, TURN // 2]) % TURN
-        return middles - _step(inward, DASH // 2), inward
+        inward = (headings + np.array([0, TURN // 2])) % TURN
+        return middles - step(inward, DASH // 2), inward
 
     def render(self, joined: np.ndarray) -> np.ndarray:
         """The pictures, uint8 (B, size, size), with the dots on one path where `joined` (B,), else on two."""
@@ -214,8 +205,8 @@ class Scenes:
         place, heading = place[walks], heading[walks]
         for dash in range(dashes):
             ways = (heading[:, None] + turns[walks, dash]) % TURN  # (B, CHOICES)
-            ahead = place[:, None] + _step(ways, self.pitch // 2)
-            here = rows[walks, None] * self.width**2 + self._cells(_pixels(place) + self.margin)[:, None]
+            ahead = place[:, None] + step(ways, self.pitch // 2)
+            here = rows[walks, None] * self.width**2 + self._cells(pixels_of(place) + self.margin)[:, None]
             covered = [taken[here + cover[ways]] for cover in self.covers]
             shut = np.logical_or.reduce(covered[:4])
             for earlier in range(dash - 1):  # the dash before is too near to be kept clear of
@@ -232,7 +223,7 @@ class Scenes:
 
     def _take(self, middles: np.ndarray, headings: np.ndarray) -> None:
         """Marks what lies too near to a path."""
-        starts = self._cells(_pixels(middles - _step(headings, self.pitch // 2)) + self.margin)
+        starts = self._cells(pixels_of(middles - step(headings, self.pitch // 2)) + self.margin)
         rows = np.arange(len(starts))[:, None]
         for dash in range(starts.shape[1]):
             for shadow in self.shadows:
@@ -252,87 +243,10 @@ class Scenes:
         return pixels[..., 1] * self.width + pixels[..., 0]
 
 
-class Canvas:
-    """Black pictures on which shapes are put, one in each picture at a time, the lighter pixel winning.
-
-    Args:
-        count: B, how many pictures.
-        size: their side in pixels.
-    """
-
-    def __init__(self, count: int, size: int):
-        self.size, self.width = size, size + 2 * REACH
-        self.pixels = np.zeros((count, self.width**2), np.uint8)
-        square = np.arange(2 * REACH + 1)
-        self.square = (square[:, None] * self.width + square).reshape(-1)
-
-    def put(self, shapes: np.ndarray, which: np.ndarray | int, places: np.ndarray) -> None:
-        """Puts a shape with its middle at `places` (B, 2) of the pictures; `shapes` as of `capsules`."""
-        column, row = _pixels(places).T
-        phase = places % PIXEL * PHASES // PIXEL
-        cells = (row * self.width + column)[:, None] + self.square
-        rows = np.arange(len(places))[:, None]
-        shape = shapes[which, phase[:, 1], phase[:, 0]]
-        self.pixels[rows, cells] = np.maximum(self.pixels[rows, cells], shape)
-
-    def pictures(self) -> np.ndarray:
-        """The pictures, uint8 (B, size, size)."""
-        inner = slice(REACH, REACH + self.size)
-        return self.pixels.reshape(-1, self.width, self.width)[:, inner, inner]
-
-
-def capsules(headings: np.ndarray, length: int, radius: int) -> np.ndarray:
-    """Strokes with round ends, as light as they cover a pixel: uint8 (headings, PHASES, PHASES, (2·REACH + 1)²).
-
-    Args:
-        headings: directions.
-        length: from tip to tip.
-        radius: half the width.
-
-    Returns:
-        For each heading and each place of the middle within a pixel, y first, a square round that pixel, flat.
-    """
-    line = (np.arange(-REACH * SAMPLES, (REACH + 1) * SAMPLES) * 2 + 1) * PIXEL // (2 * SAMPLES)
-    phase = (2 * np.arange(PHASES) + 1) * PIXEL // (2 * PHASES)
-    axis = line - phase[:, None]  # (PHASES, samples): from the middle
-    shapes = []
-    for x, y in COMPASS[headings]:
-        right, down = axis[None, :, None, :], axis[:, None, :, None]
-        half = length // 2 - radius
-        along = np.clip((right * x + down * y) // PIXEL, -half, half)
-        distance = (right - along * x // PIXEL) ** 2 + (down - along * y // PIXEL) ** 2
-        inside = (distance <= radius**2).reshape(PHASES, PHASES, 2 * REACH + 1, SAMPLES, 2 * REACH + 1, SAMPLES)
-        covered = inside.sum(axis=(3, 5))
-        shapes.append((covered * 255 // SAMPLES**2).reshape(PHASES, PHASES, -1))
-    return np.stack(shapes).astype(np.uint8)
-
-
 def below(bound: int, bits: np.ndarray, shift: int | np.ndarray, width: int) -> np.ndarray:
     """Integers from 0 to bound - 1, int64, of `width` bits of each word from bit `shift` on."""
     part = (bits >> np.asarray(shift, np.uint64)) & np.uint64(2**width - 1)
     return (part * np.uint64(bound) >> np.uint64(width)).astype(np.int64)
-
-
-def _step(headings: np.ndarray, length: int) -> np.ndarray:
-    """x and y of a length in directions (...,): (..., 2)."""
-    return COMPASS[headings] * length // PIXEL
-
-
-def _pixels(places: np.ndarray) -> np.ndarray:
-    """The pixels in which places lie."""
-    return places // PIXEL
-
-
-def _turned(ways: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Vectors (B, 2) turned by (B,) 64ths."""
-    (x, y), (cos, sin) = ways.T, COMPASS[by % TURN].T
-    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=1) // PIXEL
-
-
-def _mirrored(ways: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Vectors (B, 2) in direction a, put in direction `by` - a."""
-    (x, y), (cos, sin) = ways.T, COMPASS[by % TURN].T
-    return np.stack([cos * x + sin * y, sin * x - cos * y], axis=1) // PIXEL
 
 
 _DASHES = capsules(np.arange(TURN), DASH, HALF_WIDTH)
