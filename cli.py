@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "msv.comparison.command",
     "benchmark": "msv.profiling.benchmark",
     "convert": "msv.models.convert",
+    "pathfinder": "msv.data.pathfinder_sheet",
     "cell": "msv.ablation.cell",
 }
 """What stands beside LightningCLI's fit, validate, test and predict: modules whose `main` takes the arguments."""

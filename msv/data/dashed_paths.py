@@ -16,6 +16,8 @@ DASH = 4 * PIXEL
 HALF_WIDTH = 3 * PIXEL // 4
 DOT_RADIUS = 9 * PIXEL // 4
 CLEARANCE = 2  # pixels by which the middles of two paths' strokes are farther apart than a gap is long
+TIP_TOLERANCE = 2 * PIXEL  # the dots of both classes are as far from the picture's edge, to within this,
+MIDDLE_TOLERANCE = 3 * PIXEL  # and the middles between them to within this
 BORDER = 4  # pixels between the middle of a stroke and the picture's edge
 CHOICES = 8  # turns that are looked at for a dash, a byte of random bits each
 ATTEMPTS = 24  # paths that are begun before the picture is begun again
@@ -119,28 +121,35 @@ class Scenes:
     def add_twin(self) -> None:
         """Adds a path as long as the first, whose first end is to an end of the first as that's two are to each other.
 
-        As far away, and under the same two angles: mirrored, or with the angles swapped, or both. So neither the dots'
-        distance nor the directions in which paths leave them tell whether one path joins them.
+        As far away, and under the same two angles: mirrored, or with the angles swapped, or both. Where in the picture
+        the two are is alike, too. So the dots' places, and the directions in which paths leave them, do not tell
+        whether one path joins them. Pictures that have no room for such an end are dropped.
         """
+        end, swap, mirror = np.array([0, 1] * 3), np.array([0, 0, 1, 1, 1, 1]), np.array([1, 1, 1, 1, 0, 0])
         ends, inward = self.ends(0)
+        # How the other end is seen from `origin`, which looks along `axis`...
+        origin = end ^ swap
+        way, axis, view = ends[:, 1 - origin] - ends[:, origin], inward[:, origin], inward[:, 1 - origin]
+        # ... as seen from `end`, which looks along `target`: (B, 6, 2) and (B, 6).
+        target = inward[:, end]
+        way = np.where(mirror[:, None], mirrored(way, axis + target), turned(way, target - axis))
+        headings = np.where(mirror, axis + target - view, target - axis + view) % TURN
+        tips = ends[:, end] + way
+        places = tips - step(headings, self.layout.gap * PIXEL // 2)
+
+        fits = self._room(places)
+        fits &= np.abs(self._depth(tips) - self._depth(ends[:, 1 - end])) <= TIP_TOLERANCE
+        middles = (tips + ends[:, end]) // 2, ends.sum(axis=1, keepdims=True) // 2
+        fits &= np.abs(self._depth(middles[0]) - self._depth(middles[1])) <= MIDDLE_TOLERANCE
+        some = np.flatnonzero(fits.any(axis=1))
+        fits, places, headings = fits[some], places[some], headings[some]
+        self._keep(some)
 
         def rival(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            kind, end = below(3, bits, 0, 16), below(2, bits, 16, 16)
-            self.rival[rows] = end
-            swap, mirror = kind != 0, kind != 2
-            # How the other end is seen from `origin`, which looks along `axis`...
-            origin = np.where(swap, 1 - end, end)
-            way, axis, view = (
-                ends[rows, 1 - origin] - ends[rows, origin],
-                inward[rows, origin],
-                inward[rows, 1 - origin],
-            )
-            # ... as seen from `end`, which looks along `target`.
-            target = inward[rows, end]
-            way = np.where(mirror[:, None], mirrored(way, axis + target), turned(way, target - axis))
-            heading = np.where(mirror, axis + target - view, target - axis + view) % TURN
-            tip = ends[rows, end] + way
-            return tip - step(heading, self.layout.gap * PIXEL // 2), heading
+            nth = fits[rows].cumsum(axis=1)
+            which = (nth == 1 + below(nth[:, -1], bits, 0, 16)[:, None]).argmax(axis=1)
+            self.rival[rows] = end[which]
+            return places[rows, which], headings[rows, which]
 
         self._add(self.layout.dashes, rival, straight=True)
 
@@ -201,8 +210,7 @@ class Scenes:
         apart = (self.clearance * PIXEL + self.pitch // 2) ** 2
         dashes, taken = turns.shape[1], self.taken.reshape(-1)
         middles, headings = np.zeros((len(rows), dashes, 2), np.int64), np.zeros((len(rows), dashes), np.int64)
-        walks = np.flatnonzero(((place >= 0) & (place < self.layout.size * PIXEL)).all(axis=1))
-        place, heading = place[walks], heading[walks]
+        walks = np.arange(len(rows))
         for dash in range(dashes):
             ways = (heading[:, None] + turns[walks, dash]) % TURN  # (B, CHOICES)
             ahead = place[:, None] + step(ways, self.pitch // 2)
@@ -212,7 +220,8 @@ class Scenes:
             for earlier in range(dash - 1):  # the dash before is too near to be kept clear of
                 shut |= ((ahead - middles[walks, None, earlier]) ** 2).sum(axis=-1) < apart
             # The first turn that has room, for the next dash as well if that can be.
-            choice = (2 * shut + np.logical_or.reduce(covered[4:])).argmin(axis=1)
+            dead_end = np.logical_or.reduce(covered[4:]) if dash + 1 < dashes else False
+            choice = (2 * shut + dead_end).argmin(axis=1)
             each = np.arange(len(walks))
             free = each[~shut[each, choice]]
             walks, choice = walks[free], choice[free]
@@ -229,6 +238,16 @@ class Scenes:
             for shadow in self.shadows:
                 self.taken[rows, starts[:, dash, None] + shadow[headings[:, dash]]] = True
 
+    def _room(self, places: np.ndarray) -> np.ndarray:
+        """Whether nothing is near places (B, n, 2) of the pictures: bool (B, n)."""
+        inside = ((places >= 0) & (places < self.layout.size * PIXEL)).all(axis=-1)
+        cells = self._cells(pixels_of(np.where(inside[..., None], places, 0)) + self.margin)
+        return inside & ~self.taken[np.arange(len(places))[:, None], cells]
+
+    def _depth(self, places: np.ndarray) -> np.ndarray:
+        """How far places (..., 2) are from the nearest edge."""
+        return np.minimum(places, self.layout.size * PIXEL - places).min(axis=-1)
+
     def _keep(self, chosen: np.ndarray) -> None:
         """Drops all pictures but the chosen ones, indices (B,)."""
         if len(chosen) == len(self.keys):
@@ -243,10 +262,10 @@ class Scenes:
         return pixels[..., 1] * self.width + pixels[..., 0]
 
 
-def below(bound: int, bits: np.ndarray, shift: int | np.ndarray, width: int) -> np.ndarray:
+def below(bound: int | np.ndarray, bits: np.ndarray, shift: int | np.ndarray, width: int) -> np.ndarray:
     """Integers from 0 to bound - 1, int64, of `width` bits of each word from bit `shift` on."""
     part = (bits >> np.asarray(shift, np.uint64)) & np.uint64(2**width - 1)
-    return (part * np.uint64(bound) >> np.uint64(width)).astype(np.int64)
+    return (part * np.asarray(bound, np.uint64) >> np.uint64(width)).astype(np.int64)
 
 
 _DASHES = capsules(np.arange(TURN), DASH, HALF_WIDTH)

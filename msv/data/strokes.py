@@ -85,12 +85,12 @@ def pixels_of(places: np.ndarray) -> np.ndarray:
 
 
 def turned(ways: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Vectors (B, 2) turned by (B,) 64ths."""
-    (x, y), (cos, sin) = ways.T, COMPASS[by % TURN].T
-    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=1) // PIXEL
+    """Vectors (..., 2) turned by (...,) 64ths."""
+    x, y, (cos, sin) = ways[..., 0], ways[..., 1], np.moveaxis(COMPASS[by % TURN], -1, 0)
+    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1) // PIXEL
 
 
 def mirrored(ways: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Vectors (B, 2) in direction a, put in direction `by` - a."""
-    (x, y), (cos, sin) = ways.T, COMPASS[by % TURN].T
-    return np.stack([cos * x + sin * y, sin * x - cos * y], axis=1) // PIXEL
+    """Vectors (..., 2) of directions a as vectors of directions `by` - a."""
+    x, y, (cos, sin) = ways[..., 0], ways[..., 1], np.moveaxis(COMPASS[by % TURN], -1, 0)
+    return np.stack([cos * x + sin * y, sin * x - cos * y], axis=-1) // PIXEL
