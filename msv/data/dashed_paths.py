@@ -15,7 +15,7 @@ from msv.data.strokes import COMPASS, PIXEL, TURN, Canvas, capsules, mirrored, p
 DASH = 4 * PIXEL
 HALF_WIDTH = 3 * PIXEL // 4
 DOT_RADIUS = 9 * PIXEL // 4
-CLEARANCE = 2  # pixels by which the middles of two paths' strokes are farther apart than a gap is long
+CLEARANCE = 5 * PIXEL // 2  # by which the middles of two paths' strokes are farther apart than a gap is long
 TIP_TOLERANCE = 2 * PIXEL  # the dots of both classes are as far from the picture's edge, to within this,
 MIDDLE_TOLERANCE = 3 * PIXEL  # and the middles between them to within this
 BORDER = 4  # pixels between the middle of a stroke and the picture's edge
@@ -103,9 +103,9 @@ class Scenes:
         # What a dash in each direction covers, seen from the gap's middle before it, and what the next would.
         eighths = np.arange(1, 16, 2)[:, None, None] * self.pitch // 8
         self.covers = self._cells(pixels_of(COMPASS * eighths // PIXEL + PIXEL // 2))  # (8, TURN)
-        self.clearance = layout.gap + CLEARANCE
-        near = range(-self.clearance, self.clearance + 1)
-        disc = [y * self.width + x for y in near for x in near if x * x + y * y < self.clearance**2]
+        self.clearance = layout.gap * PIXEL + CLEARANCE
+        near = range(-self.clearance // PIXEL, self.clearance // PIXEL + 1)
+        disc = [y * self.width + x for y in near for x in near if (x * x + y * y) * PIXEL**2 <= self.clearance**2]
         self.shadows = self.covers[:4, :, None] + np.array(disc)  # (4, TURN, cells)
 
     def add_path(self, dashes: int) -> None:
@@ -207,20 +207,20 @@ class Scenes:
         Returns:
             Which of the B walks found their way, and their dashes' middles and headings.
         """
-        apart = (self.clearance * PIXEL + self.pitch // 2) ** 2
-        dashes, taken = turns.shape[1], self.taken.reshape(-1)
+        apart = (self.clearance + self.pitch // 2) ** 2
+        dashes = turns.shape[1]
         middles, headings = np.zeros((len(rows), dashes, 2), np.int64), np.zeros((len(rows), dashes), np.int64)
         walks = np.arange(len(rows))
         for dash in range(dashes):
             ways = (heading[:, None] + turns[walks, dash]) % TURN  # (B, CHOICES)
             ahead = place[:, None] + step(ways, self.pitch // 2)
             here = rows[walks, None] * self.width**2 + self._cells(pixels_of(place) + self.margin)[:, None]
-            covered = [taken[here + cover[ways]] for cover in self.covers]
-            shut = np.logical_or.reduce(covered[:4])
+            shut = self._covered(self.covers[:4], here, ways)
             for earlier in range(dash - 1):  # the dash before is too near to be kept clear of
-                shut |= ((ahead - middles[walks, None, earlier]) ** 2).sum(axis=-1) < apart
+                x, y = middles[walks, earlier].T[:, :, None]
+                shut |= (ahead[..., 0] - x) ** 2 + (ahead[..., 1] - y) ** 2 < apart
             # The first turn that has room, for the next dash as well if that can be.
-            dead_end = np.logical_or.reduce(covered[4:]) if dash + 1 < dashes else False
+            dead_end = self._covered(self.covers[4:], here, ways) if dash + 1 < dashes else False
             choice = (2 * shut + dead_end).argmin(axis=1)
             each = np.arange(len(walks))
             free = each[~shut[each, choice]]
@@ -229,6 +229,14 @@ class Scenes:
             middles[walks, dash], headings[walks, dash] = middle, heading
             place = 2 * middle - place[free]
         return walks, middles[walks], headings[walks]
+
+    def _covered(self, covers: np.ndarray, here: np.ndarray, ways: np.ndarray) -> np.ndarray:
+        """Whether something taken is among what dashes cover, from cells (B, 1) of the maps in ways (B, CHOICES)."""
+        taken = self.taken.reshape(-1)
+        found = taken.take(here + covers[0].take(ways))
+        for cover in covers[1:]:
+            found |= taken.take(here + cover.take(ways))
+        return found
 
     def _take(self, middles: np.ndarray, headings: np.ndarray) -> None:
         """Marks what lies too near to a path."""
