@@ -11,6 +11,7 @@ COMMANDS = {
     "benchmark": "msv.benchmarks.command",
     "convert": "msv.models.convert",
     "export": "msv.tasks.export",
+    "pathfinder": "msv.data.pathfinder_sheet",
     "cell": "msv.ablation.cell",
 }
 """What stands beside LightningCLI's fit, validate, test and predict: modules whose `main` takes the arguments."""

@@ -68,7 +68,7 @@ def acting(toggles: Mapping[str, Any], network: Mapping[str, Any] | None) -> dic
     full_scans = settings.get("full_scans")
     if not isinstance(full_scans, int):
         return dict(toggles)
-    idle = idle_toggles(full_scans, settings.get("share_half") is not False)
+    idle = idle_toggles(full_scans, settings.get("share_half") is not False, settings.get("recurrence") is not False)
     return {name: value for name, value in toggles.items() if name.rpartition(".")[2] not in idle}
 
 

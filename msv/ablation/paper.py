@@ -168,6 +168,7 @@ _CONFIGURED: dict[str, Any] = {
 }
 # Toggles that must stand as published, or the network is another one than the paper's.
 _PUBLISHED: dict[str, Any] = {
+    "recurrence": True,
     "carry_state": True,
     "share_half": True,
     "separate_norms": False,

@@ -172,6 +172,10 @@ class InMemoryData(ImageData):
     def read(self) -> tuple[Labelled, Labelled]:
         """The images for training and validation together, and the test images."""
 
+    def divide(self, rest: Labelled) -> tuple[Tensor, Tensor]:
+        """Which of the images are for training, and which for validation: a stratified part, always the same."""
+        return hold_out(rest.labels, self.val_images, self.split_seed)
+
     def load_splits(self) -> Splits:
         """Reads the images, checks their labels, and holds out the validation images class by class.
 
@@ -187,7 +191,7 @@ class InMemoryData(ImageData):
                 f"val_images={self.val_images} leaves none of the {len(rest.labels)} images of {rest.source} to train "
                 f"on; set --data.val_images to less"
             )
-        train, val = hold_out(rest.labels, self.val_images, self.split_seed)
+        train, val = self.divide(rest)
         augment = ShiftFlip(self.max_shift, self.hflip, self.seed)
         return Splits(
             self._images(rest.images[train], rest.labels[train], augment),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 # What a draw is for: the first word of every key, so that no two uses share their bits.
-SPLIT, SHUFFLE, AUGMENT, WORKERS = range(4)
+SPLIT, SHUFFLE, AUGMENT, WORKERS, PICTURES = range(5)
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)

@@ -67,6 +67,25 @@ class S6(nn.Module):
         return selective_scan_2d(x, x_dbl, *weights, self.routes, self.carry_state, backend=self.backend)
 
 
+class SkipOnly(nn.Module):
+    """S6 without its recurrence, y = D_skip ∘ x: the control in which nothing passes along a route.
+
+    Args:
+        channels: D.
+        routes: names of the routes that S6 would walk.
+        shared: whether all routes share one D_skip.
+    """
+
+    def __init__(self, channels: int, routes: tuple[str, ...], shared: bool = False) -> None:
+        super().__init__()
+        self.routes = routes
+        self.D_skip = nn.Parameter(torch.ones(1 if shared else len(routes), channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) to (B, K, H, W, D), for each of K routes."""
+        return (x[:, None] * self.D_skip.expand(len(self.routes), -1)[:, None, None]).to(x.dtype)
+
+
 class TokenMixer(nn.Module):
     """What SS2D and MS2D share: projection in, SE, gate and projection out (Fig. 5)."""
 
@@ -94,12 +113,23 @@ class SS2D(TokenMixer):
         stride: 1, the 4/0 row of Table 5; or 2, its 0/4 row, the map scanned at half resolution and upsampled.
         se: whether squeeze-excitation follows the scan.
         backend: of the scan.
+        recurrence: whether routes are scanned; if not, each is y = D_skip ∘ x, and d_state says nothing.
     """
 
-    def __init__(self, dim: int, d_state: int, stride: int = 1, se: bool = False, backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        d_state: int,
+        stride: int = 1,
+        se: bool = False,
+        backend: Backend = "auto",
+        recurrence: bool = True,
+    ) -> None:
         super().__init__(dim, se)
         self.dwconv = DepthwiseConv(2 * dim, 3, stride)
-        self.s6 = S6(2 * dim, d_state, dt_rank(dim), ROUTES, backend=backend)
+        self.s6: nn.Module = (
+            S6(2 * dim, d_state, dt_rank(dim), ROUTES, backend=backend) if recurrence else SkipOnly(2 * dim, ROUTES)
+        )
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
 
     def scan(self, x: Tensor) -> Tensor:
@@ -120,6 +150,7 @@ class MS2D(TokenMixer):
         separate_norms: whether the half branch has a norm of its own; the published code has one for both.
         se: whether squeeze-excitation follows the scan.
         backend: of the scan.
+        recurrence: whether routes are scanned; if not, each is y = D_skip ∘ x, and d_state says nothing.
     """
 
     def __init__(
@@ -132,14 +163,20 @@ class MS2D(TokenMixer):
         separate_norms: bool = False,
         se: bool = False,
         backend: Backend = "auto",
+        recurrence: bool = True,
     ) -> None:
         super().__init__(dim, se)
         rank = dt_rank(dim)
         full, half = ROUTES[:full_scans], half_routes(full_scans)
         self.dwconv_full = DepthwiseConv(2 * dim, 3)
         self.dwconv_half = DepthwiseConv(2 * dim, 7, stride=2)
-        self.s6_full = S6(2 * dim, d_state, rank, full, backend=backend)
-        self.s6_half = S6(2 * dim, d_state, rank, half, share_half, carry_state and share_half, backend)
+        self.s6_full: nn.Module
+        self.s6_half: nn.Module
+        if recurrence:
+            self.s6_full = S6(2 * dim, d_state, rank, full, backend=backend)
+            self.s6_half = S6(2 * dim, d_state, rank, half, share_half, carry_state and share_half, backend)
+        else:
+            self.s6_full, self.s6_half = SkipOnly(2 * dim, full), SkipOnly(2 * dim, half, share_half)
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
         self.norm_half = nn.LayerNorm(2 * dim, eps=1e-5) if separate_norms else None
 

@@ -83,6 +83,8 @@ class MSVMamba(nn.Module):
         share_half: whether the half routes share one S6 weight set (published) or have one each; False needs 2 or 3
             half routes.
         separate_norms: whether the half branch has an output norm of its own; the published code has one for both.
+        recurrence: whether routes are scanned. False is a control: y = D_skip ∘ x instead of S6, so that only
+            convolutions mix positions; needs the defaults of d_state, carry_state and ssm_weight_decay.
         downsample: `merge`, patch merging as in the published weights, or `conv`, the 2x2 convolution of Table 7.
         ssm_weight_decay: whether weight decay acts on A_log and dt_bias, as in the published code.
         grad_checkpointing: whether blocks are recomputed in the backward to save memory.
@@ -109,6 +111,7 @@ class MSVMamba(nn.Module):
         carry_state: bool = True,
         share_half: bool = True,
         separate_norms: bool = False,
+        recurrence: bool = True,
         downsample: Literal["merge", "conv"] = "merge",
         ssm_weight_decay: bool = True,
         grad_checkpointing: bool = False,
@@ -118,6 +121,8 @@ class MSVMamba(nn.Module):
         super().__init__()
         _check(in_chans, num_classes, dims, depths, d_state, conv_ffn, drop_path_rate, drop_rate, ffn_drop_rate)
         _check_toggles(full_scans, carry_state, share_half, separate_norms, downsample)
+        if not recurrence:
+            _check_no_states(d_state, carry_state, ssm_weight_decay)
         if backend not in get_args(Backend):
             raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
         self.in_chans, self.num_classes = in_chans, num_classes
@@ -129,8 +134,8 @@ class MSVMamba(nn.Module):
 
         def mixer(dim: int) -> TokenMixer:
             if full_scans in (0, 4):
-                return SS2D(dim, d_state, stride=1 if full_scans == 4 else 2, se=se, backend=backend)
-            return MS2D(dim, d_state, full_scans, carry_state, share_half, separate_norms, se, backend)
+                return SS2D(dim, d_state, 1 if full_scans == 4 else 2, se, backend, recurrence)
+            return MS2D(dim, d_state, full_scans, carry_state, share_half, separate_norms, se, backend, recurrence)
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         downsampling = PatchMerging if downsample == "merge" else ConvDownsample
@@ -297,6 +302,21 @@ def _check_toggles(full_scans: int, carry_state: bool, share_half: bool, separat
         )
     if separate_norms and "separate_norms" in idle:
         raise ValueError(f"separate_norms is true, but the split {split} has one branch: expected full_scans 1, 2 or 3")
+
+
+def _check_no_states(d_state: int, carry_state: bool, ssm_weight_decay: bool) -> None:
+    """Refuses settings of the states where there are none, so that a grid has no twin cells."""
+    settings = (
+        ("d_state", d_state, 1),
+        ("carry_state", carry_state, True),
+        ("ssm_weight_decay", ssm_weight_decay, True),
+    )
+    for name, value, default in settings:
+        if value != default:
+            raise ValueError(
+                f"{name} is {str(value).lower()}, but recurrence is false and there are no states: set {name} to "
+                f"{str(default).lower()}"
+            )
 
 
 # Presets (Table 7, and VMamba's own models).

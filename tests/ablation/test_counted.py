@@ -49,6 +49,7 @@ def test_control_rows_stand_under_their_own_headings(components):
 def test_every_grid_that_compares_is_counted():
     assert {path.stem for path in shipped_grids()} == {
         "ablate_components", "ablate_scans", "compare_baseline", "controls_components", "controls_scans",
+        "pathfinder_scans",
     }  # fmt: skip
 
 

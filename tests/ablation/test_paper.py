@@ -69,6 +69,7 @@ def test_what_changes_no_network_is_ignored():
         {"dims": [64, 128, 256, 512]},
         {"d_state": 16},
         {"carry_state": False},
+        {"recurrence": False},
         {"share_half": False},
         {"separate_norms": True},
         {"downsample": "conv"},

@@ -72,6 +72,11 @@ CELLS = {
         "full_scans=2,reset": 5_039_800, "full_scans=2,separate": 5_289_400,
         "full_scans=1,d_state=1": 4_604_728, "full_scans=1,d_state=4": 4_684_216, "full_scans=1,d_state=16": 5_002_168,
     },
+    "pathfinder_scans": {
+        "full_scans=0": 5_068_600, "full_scans=1": 4_790_200, "full_scans=2": 5_039_800, "full_scans=3": 5_289_400,
+        "full_scans=4": 5_068_600, "vmamba_nano": 4_435_288, "vmamba_nano,no_recurrence": 3_616_984,
+        "full_scans=1,no_recurrence": 4_299_832,
+    },
 }  # fmt: skip
 
 

@@ -70,6 +70,12 @@ def bilinear(x, height, width):
     return torch.einsum("ih,jw,bhwd->bijd", interpolation(height, x.shape[1]), interpolation(width, x.shape[2]), x)
 
 
+def skip(x, weights, name, routes):
+    """Each route's output without recurrence: y = D_skip ∘ x, with a weight set a route or one for all."""
+    sets = weights[f"{name}.D_skip"]
+    return [x * sets[s if len(sets) > 1 else 0] for s in range(routes)]
+
+
 def norm(x, weights, name="norm"):
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
@@ -117,7 +123,7 @@ VARIANTS = {
 
 def make_mixer(dim, d_state, se, full_scans, **toggles):
     if full_scans in (0, 4):
-        return SS2D(dim, d_state, stride=1 if full_scans == 4 else 2, se=se)
+        return SS2D(dim, d_state, stride=1 if full_scans == 4 else 2, se=se, **toggles)
     return MS2D(dim, d_state, full_scans, se=se, **toggles)
 
 
@@ -129,6 +135,25 @@ def test_mixer_is_the_equations(perturb, variant, se, size):
     x = torch.randn(2, *size, 24, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(mixer(x), by_hand(x, mixer.state_dict(), **variant), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("share_half", [True, False], ids=["shared", "own-sets"])
+@pytest.mark.parametrize("full_scans", range(5))
+def test_without_recurrence_each_route_is_d_skip_times_x(perturb, full_scans, share_half):
+    options = {"share_half": share_half} if full_scans in (1, 2) else {}
+    mixer = perturb(make_mixer(24, 1, False, full_scans, recurrence=False, **options).double(), scale=0.3)
+    x, weights = torch.randn(2, 5, 7, 24, dtype=torch.float64), mixer.state_dict()
+    u, z = (x @ weights["in_proj.weight"].T).chunk(2, dim=-1)
+    if full_scans in (0, 4):
+        y = norm(sum(skip(conv(u, weights, "dwconv", 1 if full_scans == 4 else 2), weights, "s6", 4)), weights)
+        y = bilinear(y, 5, 7) if full_scans == 0 else y
+    else:
+        half = skip(conv(u, weights, "dwconv_half", 2), weights, "s6_half", 4 - full_scans)
+        y = norm(sum(skip(conv(u, weights, "dwconv_full", 1), weights, "s6_full", full_scans)), weights)
+        y = y + bilinear(sum(norm(route, weights) for route in half), 5, 7)
+    with torch.no_grad():
+        expected = (y * F.silu(z)) @ weights["out_proj.weight"].T
+        torch.testing.assert_close(mixer(x), expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("full_scans", [1, 2, 3])

@@ -103,6 +103,24 @@ def test_shapes_of_the_half_branch(make_small, share_half):
     assert mixer.norm_half.weight is not mixer.norm.weight
 
 
+@pytest.mark.parametrize("full_scans", range(5))
+def test_without_recurrence_only_convolutions_mix_positions(make_small, full_scans):
+    network = make_small(full_scans=full_scans, recurrence=False, d_state=1)
+    assert not any(isinstance(m, S6) for m in network.modules())
+    assert {name.rpartition(".")[2] for name, _ in network.named_parameters() if ".s6" in name} == {"D_skip"}
+    block = network.stages[0].blocks[0]
+    x = torch.randn(1, 40, 40, 8)
+    other = x.clone()
+    other[:, 20, 20] = torch.randn(8)
+    changed = (block(x) - block(other)).detach().abs().amax(dim=(0, 3)) > 0
+    rows, columns = changed.nonzero().T
+    # A 7×7 convolution of stride 2, and interpolation, reach 6 pixels at most; the scan reaches everywhere.
+    assert changed[20, 20]
+    assert max((rows - 20).abs().max(), (columns - 20).abs().max()) <= 6
+    scanned = make_small(full_scans=full_scans).stages[0].blocks[0]
+    assert ((scanned(x) - scanned(other)).abs().amax(dim=(0, 3)) > 0).float().mean() > 0.4
+
+
 @pytest.mark.parametrize("backend", ["reference", "parallel"])
 def test_backends_agree(make_small, backend):
     images = torch.randn(1, 3, 40, 56)
@@ -138,6 +156,17 @@ REFUSED = {
     **{
         f"norms-{n}": ({"separate_norms": True, "full_scans": n}, f"separate_norms is true, but the split {n}/{4 - n}")
         for n in (0, 4)
+    },
+    **{
+        f"no-recurrence-{name}": (
+            {"recurrence": False, name: value},
+            f"{name} is {str(value).lower()}, but recurrence is false.*set {name} to {default}",
+        )
+        for name, value, default in (
+            ("d_state", 8, 1),
+            ("carry_state", False, "true"),
+            ("ssm_weight_decay", False, "true"),
+        )
     },
     "carry-with-own-sets": ({"carry_state": False, "share_half": False}, "separate weight sets never carry a state"),
 }
