@@ -97,8 +97,9 @@ def _downsampling(module: Any) -> str:
 
 def _mixer(mixer: Any) -> str:
     if isinstance(mixer, MS2D):
-        full, half = len(mixer.s6_full.routes), len(mixer.s6_half.routes)
-        text, states = f"MS2D {full}/{half}", mixer.s6_full.A_log.shape[-1]
+        scan_full: Any = mixer.s6_full
+        scan_half: Any = mixer.s6_half
+        text, states = f"MS2D {len(scan_full.routes)}/{len(scan_half.routes)}", scan_full.A_log.shape[-1]
     else:
         text, states = "SS2D", mixer.s6.A_log.shape[-1]
     return f"{text}, N={states}" + ("" if isinstance(mixer.se, nn.Identity) else ", SE")

@@ -248,7 +248,7 @@ class Scenes:
 
     def _room(self, places: np.ndarray) -> np.ndarray:
         """Whether nothing is near places (B, n, 2) of the pictures: bool (B, n)."""
-        inside = ((places >= 0) & (places < self.layout.size * PIXEL)).all(axis=-1)
+        inside = np.asarray(((places >= 0) & (places < self.layout.size * PIXEL)).all(axis=-1))
         cells = self._cells(pixels_of(np.where(inside[..., None], places, 0)) + self.margin)
         return inside & ~self.taken[np.arange(len(places))[:, None], cells]
 
