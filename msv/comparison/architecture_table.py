@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msv.ablation.markdown import pipe_table
 from msv.ablation.paper import TABLE_7, TABLE_7_COLUMNS
-from msv.models import MS2D, PRESETS, MSVMamba
+from msv.models import MS2D, PRESETS, S6, MSVMamba
 from msv.models.layers import PatchMerging
 
 from .pages import COMMAND, as_csv, page
@@ -97,12 +97,12 @@ def _downsampling(module: Any) -> str:
 
 def _mixer(mixer: Any) -> str:
     if isinstance(mixer, MS2D):
-        scan_full: Any = mixer.s6_full
-        scan_half: Any = mixer.s6_half
-        text, states = f"MS2D {len(scan_full.routes)}/{len(scan_half.routes)}", scan_full.A_log.shape[-1]
+        full, half = len(mixer.s6_full.routes), len(mixer.s6_half.routes)
+        text, s6 = f"MS2D {full}/{half}", mixer.s6_full
     else:
-        text, states = "SS2D", mixer.s6.A_log.shape[-1]
-    return f"{text}, N={states}" + ("" if isinstance(mixer.se, nn.Identity) else ", SE")
+        text, s6 = "SS2D", mixer.s6
+    states = f"N={s6.A_log.shape[-1]}" if isinstance(s6, S6) else "no recurrence"
+    return f"{text}, {states}" + ("" if isinstance(mixer.se, nn.Identity) else ", SE")
 
 
 def render_csv(layers: Sequence[Layer]) -> str:

@@ -248,9 +248,9 @@ class Scenes:
 
     def _room(self, places: np.ndarray) -> np.ndarray:
         """Whether nothing is near places (B, n, 2) of the pictures: bool (B, n)."""
-        inside = np.asarray(((places >= 0) & (places < self.layout.size * PIXEL)).all(axis=-1))
-        cells = self._cells(pixels_of(np.where(inside[..., None], places, 0)) + self.margin)
-        return inside & ~self.taken[np.arange(len(places))[:, None], cells]
+        last = self.layout.size * PIXEL - 1
+        cells = self._cells(pixels_of(np.clip(places, 0, last)) + self.margin)  # the edge is taken, too
+        return ~self.taken[np.arange(len(places))[:, None], cells]
 
     def _depth(self, places: np.ndarray) -> np.ndarray:
         """How far places (..., 2) are from the nearest edge."""

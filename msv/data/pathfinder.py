@@ -87,8 +87,8 @@ class Pathfinder(InMemoryData):
     compare with theirs.
 
     Each picture depends on (images_seed, split, number) alone and is the same to the bit on every machine: more
-    pictures leave the first ones as they are. Drawing 65,000 takes half a minute at difficulty 3 on one core, minutes
-    at 5 or at larger sizes, so that they are kept in `root`, half a kilobyte each; a file of other settings is not taken.
+    pictures leave the first ones as they are. Drawing 65,000 takes half a minute at difficulty 3 on one core, two
+    at 5, so that they are kept in `root`, half a kilobyte each; a file of other settings is not taken.
 
     Args:
         root: Folder whose `pathfinder/` keeps what was drawn; null draws anew each time and writes nothing.
@@ -180,8 +180,8 @@ class Pathfinder(InMemoryData):
         """The pictures to train and then those to validate on, and those to test on; drawn if they are not kept."""
         images = {split: self._read_split(split) for split in self.counts}
         labels = {split: torch.from_numpy(self.labels(split)) for split in self.counts}
-        known, answers = (torch.cat([part["train"], part["val"]]) for part in (images, labels))
-        return Labelled(known, answers, self.name), Labelled(images["test"], labels["test"], self.name)
+        rest = [torch.cat([part["train"], part["val"]]) for part in (images, labels)]
+        return Labelled(rest[0], rest[1], self.name), Labelled(images["test"], labels["test"], self.name)
 
     def divide(self, rest: Labelled) -> tuple[Tensor, Tensor]:
         """The first for training, the last for validation, as `read` has them."""

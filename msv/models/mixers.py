@@ -127,7 +127,7 @@ class SS2D(TokenMixer):
     ) -> None:
         super().__init__(dim, se)
         self.dwconv = DepthwiseConv(2 * dim, 3, stride)
-        self.s6: nn.Module = (
+        self.s6: S6 | SkipOnly = (
             S6(2 * dim, d_state, dt_rank(dim), ROUTES, backend=backend) if recurrence else SkipOnly(2 * dim, ROUTES)
         )
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
@@ -170,8 +170,8 @@ class MS2D(TokenMixer):
         full, half = ROUTES[:full_scans], half_routes(full_scans)
         self.dwconv_full = DepthwiseConv(2 * dim, 3)
         self.dwconv_half = DepthwiseConv(2 * dim, 7, stride=2)
-        self.s6_full: nn.Module
-        self.s6_half: nn.Module
+        self.s6_full: S6 | SkipOnly
+        self.s6_half: S6 | SkipOnly
         if recurrence:
             self.s6_full = S6(2 * dim, d_state, rank, full, backend=backend)
             self.s6_half = S6(2 * dim, d_state, rank, half, share_half, carry_state and share_half, backend)

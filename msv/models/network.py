@@ -84,7 +84,7 @@ class MSVMamba(nn.Module):
             half routes.
         separate_norms: whether the half branch has an output norm of its own; the published code has one for both.
         recurrence: whether routes are scanned. False is a control: y = D_skip ∘ x instead of S6, so that only
-            convolutions mix positions; needs the defaults of d_state, carry_state and ssm_weight_decay.
+            convolutions, and SE's mean, mix positions; needs the defaults of d_state, carry_state, ssm_weight_decay.
         downsample: `merge`, patch merging as in the published weights, or `conv`, the 2x2 convolution of Table 7.
         ssm_weight_decay: whether weight decay acts on A_log and dt_bias, as in the published code.
         grad_checkpointing: whether blocks are recomputed in the backward to save memory.

@@ -43,6 +43,7 @@ _TITLES = {
     "compare_baseline": "compare_baseline: VMamba-Nano against MS2D",
     "controls_components": "controls_components: the rows of Table 4 and their controls",
     "controls_scans": "controls_scans: the rows of Table 5 and their controls",
+    "pathfinder_scans": "pathfinder_scans: the rows of Table 5 and controls without recurrence, for Pathfinder",
 }
 """File -> what the index calls it."""
 

@@ -89,7 +89,8 @@ def test_control_rows_have_no_printed_numbers():
         (
             "zzz",
             "no model, grid or row 'zzz'; there are the presets msvmamba_nano, .*, the grids ablate_components, "
-            "ablate_scans, compare_baseline, controls_components, controls_scans, and timm's models$",
+            "ablate_scans, compare_baseline, controls_components, controls_scans, pathfinder_scans, and timm's "
+            "models$",
         ),
         ("controls_scans/reset", "no row 'controls_scans/reset'"),
         ("ablate_scans/full_scan=2", "no row 'ablate_scans/full_scan=2'; did you mean .*ablate_scans/full_scans=2"),

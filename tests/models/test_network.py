@@ -105,7 +105,8 @@ def test_shapes_of_the_half_branch(make_small, share_half):
 
 @pytest.mark.parametrize("full_scans", range(5))
 def test_without_recurrence_only_convolutions_mix_positions(make_small, full_scans):
-    network = make_small(full_scans=full_scans, recurrence=False, d_state=1)
+    plain = {"full_scans": full_scans, "se": False, "conv_ffn": False, "d_state": 1}
+    network = make_small(**plain, recurrence=False)
     assert not any(isinstance(m, S6) for m in network.modules())
     assert {name.rpartition(".")[2] for name, _ in network.named_parameters() if ".s6" in name} == {"D_skip"}
     block = network.stages[0].blocks[0]
@@ -117,7 +118,7 @@ def test_without_recurrence_only_convolutions_mix_positions(make_small, full_sca
     # A 7×7 convolution of stride 2, and interpolation, reach 6 pixels at most; the scan reaches everywhere.
     assert changed[20, 20]
     assert max((rows - 20).abs().max(), (columns - 20).abs().max()) <= 6
-    scanned = make_small(full_scans=full_scans).stages[0].blocks[0]
+    scanned = make_small(**plain).stages[0].blocks[0]
     assert ((scanned(x) - scanned(other)).abs().amax(dim=(0, 3)) > 0).float().mean() > 0.4
 
 
