@@ -1,7 +1,7 @@
 """What follows the scans in Triton: the sum of routes, LayerNorm, the half map's upsampling, and the gate.
 
 A program is a chunk of an image's pixels, P at a time. LayerNorm wants all D channels of a pixel at once: they lie in
-registers as a tuple of three or four blocks (P, BLOCK), a power of two each, so that few lanes are idle and a pixel's
+registers as a tuple of two or three blocks (P, BLOCK), a power of two each, so that few lanes are idle and a pixel's
 sums take few shuffles. Sums over pixels stay in registers till a program's end; torch adds up the programs' parts, in
 the same order every time.
 
@@ -24,6 +24,9 @@ TILE = 1024
 
 WARPS = 4
 """Of a program."""
+
+REGISTERS, REGISTERS_BACK = 128, 168
+"""Of a thread at most, so that four or three programs run on a multiprocessor at once."""
 
 GATE_CHANNELS = 64
 """Of a program of the gate, which needs not see a pixel's other channels."""
@@ -87,6 +90,15 @@ def zeros(P: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     found = ()
     for _ in tl.static_range(COUNT):
         found = found + (tl.zeros((P, BLOCK), tl.float32),)
+    return found
+
+
+@triton.jit
+def scaled(blocks, factor, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """factor * blocks, in float32; of `blocks` COUNT from FIRST on."""
+    found = ()
+    for k in tl.static_range(COUNT):
+        found = found + (factor * blocks[FIRST + k].to(tl.float32),)
     return found
 
 
@@ -185,7 +197,6 @@ def gather_back(full_ptr, u, v, inside, H, W, half_H, half_W, P: tl.constexpr, D
         (blocks (P, BLOCK), sum of weights (P, 1))
     """
     COUNT: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    sums = zeros(P, BLOCK, COUNT)
     weights = tl.zeros((P,), tl.float32)[:, None]
     top = first_reached(u, H, half_H)
     left = first_reached(v, W, half_W)
@@ -199,7 +210,10 @@ def gather_back(full_ptr, u, v, inside, H, W, half_H, half_W, P: tl.constexpr, D
             found = found + load_blocks(full_ptr + at, inside & (weight > 0), D, BLOCK)
             shares = shares + (weight[:, None],)
         for right in tl.static_range(4):
-            sums = add_scaled(sums, found, shares[right], right * COUNT, COUNT)
+            if down == 0 and right == 0:
+                sums = scaled(found, shares[0], 0, COUNT)
+            else:
+                sums = add_scaled(sums, found, shares[right], right * COUNT, COUNT)
             weights += shares[right]
     return sums, weights
 
@@ -251,7 +265,7 @@ def normalise(
     half_ptr += b * other_H * other_W * D
     if K > 0:
         weight = load_channels(weight_ptr, D, BLOCK)
-        bias = load_channels(bias_ptr, D, BLOCK)
+        bias = scaled(load_channels(bias_ptr, D, BLOCK), (K if EACH else 1) * 1.0, 0, COUNT)
     sums = zeros(P, BLOCK, COUNT)
     for tile in range(tiles):
         pixel = first + tile * P + tl.arange(0, P)
@@ -260,14 +274,17 @@ def normalise(
         ys = ()
         for route in tl.static_range(K):
             ys = ys + load_blocks(y_ptr + route * pixels.to(tl.int64) * D + at, inside, D, BLOCK)
-        out = zeros(P, BLOCK, COUNT)
+        if K > 0:
+            out = bias
+        else:
+            out = zeros(P, BLOCK, COUNT)
         if HALF:
             out = add_upsampled(out, half_ptr, pixel, inside, H, W, other_H, other_W, D, BLOCK)
         if K > 0:
             if not EACH:
-                total = zeros(P, BLOCK, COUNT)
-                for route in tl.static_range(K):
-                    total = add_scaled(total, ys, 1.0, route * COUNT, COUNT)
+                total = scaled(ys, 1.0, 0, COUNT)
+                for route in tl.static_range(K - 1):
+                    total = add_scaled(total, ys, 1.0, (route + 1) * COUNT, COUNT)
                 ys = total
                 if KEEP:
                     store_blocks(sum_ptr + at, inside, ys, D, BLOCK)
@@ -275,14 +292,11 @@ def normalise(
                 normal, _ = standardise(ys, route * COUNT, eps, D, BLOCK)
                 added = ()
                 for k in tl.static_range(COUNT):
-                    added = added + (out[k] + (normal[k] * weight[k] + bias[k]),)
+                    added = added + (out[k] + normal[k] * weight[k],)
                 out = added
         store_blocks(out_ptr + at, inside, out, D, BLOCK)
         if MEANS:
-            added = ()
-            for k in tl.static_range(COUNT):
-                added = added + (sums[k] + tl.where(inside[:, None], out[k], 0.0),)
-            sums = added
+            sums = add_scaled(sums, out, inside.to(tl.float32)[:, None], 0, COUNT)
     if MEANS:
         store_sums(part_ptr + pid.to(tl.int64) * D, sums, D, BLOCK)
 
@@ -336,36 +350,31 @@ def normalise_back(
         pixel = first + tile * P + tl.arange(0, P)
         inside = pixel < pixels
         at = pixel.to(tl.int64)[:, None] * D
-        ys = ()
-        for route in tl.static_range(K):
-            ys = ys + load_blocks(y_ptr + route * pixels.to(tl.int64) * D + at, inside, D, BLOCK)
         weights = 1.0
         if HALF:
             u = pixel // W
             dout, weights = gather_back(dout_ptr, u, pixel - u * W, inside, other_H, other_W, H, W, P, D, BLOCK)
         else:
             dout = load_blocks(dout_ptr + at, inside, D, BLOCK)
-        gs = ()
-        scaled = ()
-        for k in tl.static_range(COUNT):
-            g = dout[k].to(tl.float32)
-            if MEANS:
-                g = tl.where(inside[:, None], g + weights * mean[k], 0.0)
-            gs = gs + (g,)
-            scaled = scaled + (g * weight[k],)
+        ys = ()
+        for route in tl.static_range(K):
+            ys = ys + load_blocks(y_ptr + route * pixels.to(tl.int64) * D + at, inside, D, BLOCK)
+        gs = scaled(dout, 1.0, 0, COUNT)
+        if MEANS:
+            gs = add_scaled(gs, mean, tl.where(inside[:, None], weights, 0.0), 0, COUNT)
         dbias = add_scaled(dbias, gs, K * 1.0, 0, COUNT)
-        total = scaled[0]
-        for k in tl.static_range(COUNT - 1):
-            total += scaled[k + 1]
-        level = tl.sum(total, axis=1)[:, None] * (1.0 / D)
+        level = over_channels(gs, weight, COUNT) * (1.0 / D)
         for route in tl.static_range(K):
             normal, rstd = standardise(ys, route * COUNT, eps, D, BLOCK)
-            slope = over_channels(scaled, normal, COUNT) * (1.0 / D)
-            dys = ()
+            turned = ()
             added = ()
             for k in tl.static_range(COUNT):
-                dys = dys + ((scaled[k] - level - normal[k] * slope) * rstd,)
-                added = added + (dweight[k] + gs[k] * normal[k],)
+                turned = turned + (gs[k] * normal[k],)
+                added = added + (dweight[k] + turned[k],)
+            slope = over_channels(turned, weight, COUNT) * (1.0 / D)
+            dys = ()
+            for k in tl.static_range(COUNT):
+                dys = dys + ((gs[k] * weight[k] - level - normal[k] * slope) * rstd,)
             dweight = added
             store_blocks(dy_ptr + route * pixels.to(tl.int64) * D + at, inside, dys, D, BLOCK)
     part_ptr += pid.to(tl.int64) * 2 * D
@@ -505,8 +514,8 @@ def split(batch: int, pixels: int, block: int, multiprocessors: int) -> Split:
 
 
 def channel_block(channels: int) -> int:
-    """A quarter of all channels, rounded up to a power of two, so that 3·2ⁿ and 4·2ⁿ channels leave no lane idle."""
-    return max(16, triton.next_power_of_2(-(-channels // 4)))
+    """A third of all channels, rounded up to a power of two, so that 3·2ⁿ and 4·2ⁿ channels leave no lane idle."""
+    return max(16, triton.next_power_of_2(-(-channels // 3)))
 
 
 def merge_routes(
@@ -571,16 +580,13 @@ def _normalise(
             *(half.shape[1:3] if half is not None else (1, 1)),
             work.tiles,
             eps,
-            D=channels,
             K=routes,
             EACH=each,
             HALF=half is not None,
             KEEP=keep,
             MEANS=means,
-            P=work.pixels,
-            BLOCK=work.block,
-            num_warps=WARPS,
-            num_stages=1,
+            **_constants(work, channels),
+            maxnreg=REGISTERS,
         )
     return out, parts, kept
 
@@ -629,14 +635,11 @@ def merge_routes_backward(
                     *dm.shape[1:3],
                     work.tiles,
                     eps,
-                    D=channels,
                     K=routes,
                     HALF=upsampled,
                     MEANS=dmeans is not None,
-                    P=work.pixels,
-                    BLOCK=work.block,
-                    num_warps=WARPS,
-                    num_stages=1,
+                    **_constants(work, channels),
+                    maxnreg=REGISTERS_BACK,
                 )
             found += [dy, parts.sum(0)]
     return found
@@ -680,9 +683,12 @@ def _gating(m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Split, tuple[in
     batch, height, width, channels = m.shape
     blocks = -(-channels // GATE_CHANNELS)
     work = split(batch * blocks, height * width, GATE_CHANNELS, multiprocessors(m.device))
-    constants = {"PIXEL": z.stride(2), "D": channels, "SCALED": scale is not None, "P": work.pixels}
-    constants |= {"BLOCK": work.block, "num_warps": WARPS, "num_stages": 1}
+    constants = {"PIXEL": z.stride(2), "SCALED": scale is not None, **_constants(work, channels)}
     return work, (batch * work.chunks * blocks,), constants
+
+
+def _constants(work: Split, channels: int) -> dict[str, int]:
+    return {"D": channels, "P": work.pixels, "BLOCK": work.block, "num_warps": WARPS, "num_stages": 1}
 
 
 def with_pixels_in_line(z: Tensor) -> Tensor:
