@@ -78,7 +78,7 @@ def merge_routes(
             if t is None:
                 raise ValueError(f"{part}{suffix} is None, but there is {name}; expected LayerNorm's, of shape (D,)")
             _check_shape(part + suffix, t, ("D",), known)
-    arguments = (*tensors.values(), height, width, eps, sum_first, means)
+    arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
     states = state_dtype(*tensors.values())
     if _check_backend(backend, some, states) == "reference":
         return reference(*arguments)
@@ -90,7 +90,7 @@ def merge_routes(
 
 
 def gate(m: Tensor, scale: Tensor | None, z: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """m ∘ scale ∘ SiLU(z): a map by squeeze-excitation's factors of its channels, if any, and by its gate (Fig. 5).
+    """A map times squeeze-excitation's factors of its channels, if any, and times its gate (Fig. 5): m ∘ s ∘ SiLU(z).
 
     Args:
         m: map, (B, H, W, D).
@@ -143,8 +143,8 @@ def reference(
     tensors = (y_full, y_half, weight, bias, weight_half, bias_half)
     dtype = state_dtype(*tensors)
     out_dtype = next(y.dtype for y in (y_full, y_half) if y is not None)
-    wide = (None if t is None else t.to(dtype) for t in tensors)
-    m, found = parallel(*wide, height, width, eps, sum_first, means)
+    y_full, y_half, weight, bias, weight_half, bias_half = (None if t is None else t.to(dtype) for t in tensors)
+    m, found = parallel(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
     return m.to(out_dtype), None if found is None else found.to(out_dtype)
 
 
@@ -203,9 +203,7 @@ def _merge_routes(
     means: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the map, its channels' means, and with `keep` the sums of full and of half routes; what is not wanted, or
-    is no sum, is empty.
-    """
+    """Returns the map, its channels' means, and with `keep` the sums of full and of half routes; or empty tensors."""
     arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means, keep)
     return _triton().merge_routes(*arguments)
 
@@ -232,8 +230,9 @@ def _merge_routes_backward(
     weight_half: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """Returns for the full routes, then the half routes, as far as there are any, their gradients and those of
-    LayerNorm's weight and bias, (2, D) in float32; all full routes have the same gradient, which stands there once.
+    """Returns the gradients of the full routes and of their LayerNorm, (2, D) in float32, then those of the half's.
+
+    Routes that were summed first all have the same gradient, which stands there once.
     """
     return _triton().merge_routes_backward(dm, dmeans, full, half, weight, weight_half, eps)
 
@@ -260,9 +259,8 @@ def _keep_routes(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:
     full, half, weight, weight_half = ctx.saved_tensors
-    if not ctx.means:
-        dmeans = None
-    found = iter(_merge_routes_backward(dm, dmeans, full, half, weight, weight_half, ctx.eps))
+    arguments = (dm, dmeans if ctx.means else None, full, half, weight, weight_half, ctx.eps)
+    found = iter(_merge_routes_backward(*arguments))
     routes: list[Tensor | None] = []
     norms: list[Tensor | None] = []
     for number, dtypes in zip(ctx.routes, (ctx.dtypes[:2], ctx.dtypes[2:]), strict=True):

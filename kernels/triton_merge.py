@@ -95,7 +95,7 @@ def zeros(P: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def scaled(blocks, factor, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """factor * blocks, in float32; of `blocks` COUNT from FIRST on."""
+    """The product in float32 of a factor and blocks, COUNT of them from FIRST on."""
     found = ()
     for k in tl.static_range(COUNT):
         found = found + (factor * blocks[FIRST + k].to(tl.float32),)
@@ -104,7 +104,7 @@ def scaled(blocks, factor, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def add_scaled(sums, blocks, factor, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """sums + factor * blocks, in float32; of `blocks` COUNT from FIRST on."""
+    """Adds that product to sums."""
     found = ()
     for k in tl.static_range(COUNT):
         found = found + (sums[k] + factor * blocks[FIRST + k].to(tl.float32),)
@@ -144,9 +144,7 @@ def standardise(blocks, FIRST: tl.constexpr, eps, D: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def source(i, size, half):
-    """Where a row or column of a full map lies on the half map, in parts of 1 / (2 * size): Eq. 11, pixels' centres at
-    halves, kept inside.
-    """
+    """Where row or column i of a full map lies on the half map, centre to centre, in parts of 1 / (2 * size)."""
     return tl.minimum(tl.maximum((2 * i + 1) * half - size, 0), (half - 1) * 2 * size)
 
 
@@ -191,7 +189,7 @@ def add_upsampled(sums, half_ptr, pixel, inside, H, W, half_H, half_W, D: tl.con
 
 @triton.jit
 def gather_back(full_ptr, u, v, inside, H, W, half_H, half_W, P: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The transpose of upsampling, and the weight it gives: each half pixel from the 4×4 full ones that have some of it.
+    """The transpose of upsampling: each half pixel from the 4×4 full ones that may have some of it.
 
     Returns:
         (blocks (P, BLOCK), sum of weights (P, 1))
@@ -274,6 +272,8 @@ def normalise(
         ys = ()
         for route in tl.static_range(K):
             ys = ys + load_blocks(y_ptr + route * pixels.to(tl.int64) * D + at, inside, D, BLOCK)
+        if HALF and K > 0:
+            tl.debug_barrier()  # without it ptxas asks for the routes after the neighbours, and waits twice
         if K > 0:
             out = bias
         else:
@@ -410,7 +410,7 @@ def gate_map(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """m * scale * silu(z).
+    """A map times a scale of its channels times silu(z).
 
     Args:
         m_ptr, out_ptr: (B, pixels, D).
@@ -537,17 +537,19 @@ def merge_routes(
     See `merge.merge_routes`.
     """
     half = half_sum = None
+    like = next(y for y in (y_full, y_half) if y is not None)
     if y_half is not None:
-        half, _, half_sum = _normalise(y_half, weight_half, bias_half, None, y_half.shape, eps, not sum_first, keep)
-    some = y_full if y_full is not None else y_half
-    shape = (some.shape[0], 0 if y_full is None else y_full.shape[1], height, width, some.shape[4])
-    m, parts, full_sum = _normalise(y_full, weight, bias, half, shape, eps, False, keep, means)
-    nothing = some.new_empty(0)
-    found = parts.sum(1) / (height * width) if means else nothing.float()
-    return m, found, nothing if full_sum is None else full_sum, nothing.clone() if half_sum is None else half_sum
+        each = not sum_first
+        half, _, half_sum = _normalise(like, y_half, weight_half, bias_half, None, y_half.shape, eps, each, keep)
+    shape = (like.shape[0], 0 if y_full is None else y_full.shape[1], height, width, like.shape[4])
+    m, parts, full_sum = _normalise(like, y_full, weight, bias, half, shape, eps, False, keep, means)
+    found = m.new_empty(0, dtype=torch.float32) if parts is None else parts.sum(1) / (height * width)
+    full_sum, half_sum = (m.new_empty(0) if t is None else t for t in (full_sum, half_sum))
+    return m, found, full_sum, half_sum
 
 
 def _normalise(
+    like: Tensor,
     y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -558,9 +560,8 @@ def _normalise(
     keep: bool,
     means: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A map of `shape` (B, K, H, W, D), the sums of its chunks' pixels, and the routes' sum."""
+    """A map from routes of `shape` (B, K, H, W, D), the sums over its chunks' pixels, and the routes' sum."""
     batch, routes, height, width, channels = shape
-    like = half if y is None else y
     work = split(batch, height * width, channel_block(channels), multiprocessors(like.device))
     out = like.new_empty(batch, height, width, channels)
     keep = keep and routes > 1 and not each
@@ -600,8 +601,7 @@ def merge_routes_backward(
     weight_half: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """For the full routes and then the half routes, where there are any: their gradients, and of their LayerNorm's
-    weight and bias, (2, D) in float32.
+    """The gradients of the full routes and of their LayerNorm's weight and bias, then the same of the half routes.
 
     Args:
         dm: (B, H, W, D).
@@ -610,6 +610,9 @@ def merge_routes_backward(
         half: likewise, (B, K, h, w, D), each of K with a LayerNorm of its own.
         weight: (D,), as `weight_half`.
         eps: LayerNorm's.
+
+    Returns:
+        For each branch that there is, gradients in the shape of `full` or `half`, and (2, D) in float32.
     """
     dm = dm.contiguous()
     if dmeans is not None:
