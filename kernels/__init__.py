@@ -6,7 +6,7 @@ Knows torch (and triton), nothing of the rest of msv. Start reading at `referenc
 """
 
 from .depthwise import Activation, depthwise_conv
-from .merge import gate, merge_routes, upsample
+from .merge import gate, merge_routes
 from .ops import Backend, flops_1d, flops_2d, selective_scan, selective_scan_2d
 from .routes import ROUTES
 
@@ -21,5 +21,4 @@ __all__ = [
     "merge_routes",
     "selective_scan",
     "selective_scan_2d",
-    "upsample",
 ]
