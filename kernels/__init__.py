@@ -1,9 +1,12 @@
-"""The selective scan and the depthwise convolution, and nothing else: as defined, in torch, in Triton, as operators.
+"""What a mixer does between its projections: scans, depthwise convolutions, the merge and the gate, and nothing else.
+
+As defined, in torch, and in Triton, as operators.
 
 Knows torch (and triton), nothing of the rest of msv. Start reading at `reference.py`.
 """
 
 from .depthwise import Activation, depthwise_conv
+from .merge import gate, merge_routes
 from .ops import Backend, flops_1d, flops_2d, selective_scan, selective_scan_2d
 from .routes import ROUTES
 
@@ -14,6 +17,8 @@ __all__ = [
     "depthwise_conv",
     "flops_1d",
     "flops_2d",
+    "gate",
+    "merge_routes",
     "selective_scan",
     "selective_scan_2d",
 ]

@@ -72,16 +72,15 @@ class ConvDownsample(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention without biases (Fig. 5): a gate in (0, 1) for each channel, from the map's mean."""
+    """Channel attention without biases (Fig. 5): from the means of a map's channels, (B, D), factors in (0, 1)."""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
         self.reduce = nn.Linear(channels, channels // reduction, bias=False)
         self.expand = nn.Linear(channels // reduction, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(F.relu(self.reduce(x.mean(dim=(1, 2))))).sigmoid()
-        return x * gate[:, None, None]
+    def forward(self, means: Tensor) -> Tensor:
+        return self.expand(F.relu(self.reduce(means))).sigmoid()
 
 
 class ConvFFN(nn.Module):

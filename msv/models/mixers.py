@@ -5,12 +5,13 @@ back. They differ in the middle: on which maps the routes run, and with how many
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msv.kernels import ROUTES, Backend, selective_scan_2d
+from msv.kernels import ROUTES, Backend, gate, merge_routes, selective_scan_2d
 
 from .layers import DepthwiseConv, SqueezeExcite
 
@@ -76,6 +77,8 @@ class SkipOnly(nn.Module):
         shared: whether all routes share one D_skip.
     """
 
+    backend: Backend = "auto"  # of what follows the routes; here nothing is scanned
+
     def __init__(self, channels: int, routes: tuple[str, ...], shared: bool = False) -> None:
         super().__init__()
         self.routes = routes
@@ -95,13 +98,25 @@ class TokenMixer(nn.Module):
         self.se = SqueezeExcite(2 * dim) if se else nn.Identity()
         self.out_proj = nn.Linear(2 * dim, dim, bias=False)
 
-    def scan(self, x: Tensor) -> Tensor:
-        """Mixes x (B, H, W, D) over positions."""
+    @property
+    def backend(self) -> Backend:
+        """Of the scan, and of what follows it."""
+        raise NotImplementedError
+
+    @property
+    def wants_means(self) -> bool:
+        """Whether squeeze-excitation asks for the channels' means."""
+        return isinstance(self.se, SqueezeExcite)
+
+    def scan(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mixes x (B, H, W, D) over positions; if they are wanted, its channels' means (B, D) too."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.se(self.scan(x)) * F.silu(z))
+        m, means = self.scan(x)
+        scale = None if means is None else self.se(means)
+        return self.out_proj(gate(m, scale, z, backend=self.backend))
 
 
 class SS2D(TokenMixer):
@@ -132,9 +147,16 @@ class SS2D(TokenMixer):
         )
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
 
-    def scan(self, x: Tensor) -> Tensor:
-        y = self.norm(self.s6(self.dwconv(x, "silu")).sum(dim=1))
-        return y if self.dwconv.stride[0] == 1 else upsample(y, x.shape[1:3])
+    @property
+    def backend(self) -> Backend:
+        return self.s6.backend
+
+    def scan(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, norm, size = self.s6(self.dwconv(x, "silu")), (self.norm.weight, self.norm.bias), tuple(x.shape[1:3])
+        merge = partial(merge_routes, size=size, eps=self.norm.eps, means=self.wants_means, backend=self.backend)
+        if self.dwconv.stride == (1, 1):
+            return merge(y, None, *norm, None, None)
+        return merge(None, y, None, None, *norm, sum_first=True)
 
 
 class MS2D(TokenMixer):
@@ -180,11 +202,27 @@ class MS2D(TokenMixer):
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
         self.norm_half = nn.LayerNorm(2 * dim, eps=1e-5) if separate_norms else None
 
-    def scan(self, x: Tensor) -> Tensor:
+    @property
+    def backend(self) -> Backend:
+        return self.s6_full.backend
+
+    def scan(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        full = self.s6_full(self.dwconv_full(x, "silu"))
+        half = self.s6_half(self.dwconv_half(x, "silu"))
+        half_norm = self.norm_half or self.norm
         # The published order: the full routes are normalised after their sum, the half routes before theirs.
-        full = self.norm(self.s6_full(self.dwconv_full(x, "silu")).sum(dim=1))
-        half = (self.norm_half or self.norm)(self.s6_half(self.dwconv_half(x, "silu"))).sum(dim=1)
-        return full + upsample(half, x.shape[1:3])
+        return merge_routes(
+            full,
+            half,
+            self.norm.weight,
+            self.norm.bias,
+            half_norm.weight,
+            half_norm.bias,
+            size=tuple(x.shape[1:3]),
+            eps=self.norm.eps,
+            means=self.wants_means,
+            backend=self.backend,
+        )
 
 
 def half_routes(full_scans: int) -> tuple[str, ...]:
@@ -195,9 +233,3 @@ def half_routes(full_scans: int) -> tuple[str, ...]:
 def dt_rank(dim: int) -> int:
     """R = ceil(dim / 16)."""
     return math.ceil(dim / 16)
-
-
-def upsample(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear interpolation of a channels-last map to height and width `size` (Eq. 11)."""
-    x = F.interpolate(x.permute(0, 3, 1, 2), size=tuple(size), mode="bilinear", align_corners=False)
-    return x.permute(0, 2, 3, 1)

@@ -30,7 +30,7 @@ from msv.models import S6
 
 PARTS = ("stem", "scans", "convolutions", "projections", "norms", "se", "ffn", "downsampling", "head", "other")
 """Where a network's costs are booked: a stem, S6 (scans, its own projections included), SE, ConvFFN, downsampling and
-head whole, what lies outside them by kind; `other` is the interpolation of half maps."""
+head whole, what lies outside them by kind: a map's mean is SE's; `other` is the interpolation of half maps."""
 
 # Names of modules that are a part whatever they do, ours and timm's.
 _PLACES = {"se": "se", "ffn": "ffn", "mlp": "ffn", "downsample": "downsampling"}
@@ -41,7 +41,7 @@ _ELEMENTWISE: dict[Any, tuple[str, Callable[[tuple, Any], int]]] = {
     _aten.native_layer_norm: ("norms", lambda args, out: 5 * args[0].numel()),
     _aten.upsample_bilinear2d: ("other", lambda args, out: 4 * out.numel()),
     _aten.upsample_nearest2d: ("other", lambda args, out: out.numel()),
-    _aten.mean: ("other", lambda args, out: args[0].numel()),
+    _aten.mean: ("se", lambda args, out: args[0].numel()),
     _aten.avg_pool2d: ("other", lambda args, out: args[0].numel()),
     _aten._adaptive_avg_pool2d: ("other", lambda args, out: args[0].numel()),
 }

@@ -1,0 +1,316 @@
+"""What follows the scans in a mixer: routes become one map (Eq. 11), which z gates; two operators.
+
+Backends are those of the scans: `reference`, the definition; `parallel`, the same in torch's LayerNorm and
+interpolation, which a CPU runs and an exported program holds; `triton`, kernels registered with `torch.library`.
+
+Autocast changes nothing about `triton` and `reference`: a map has the dtype of the routes, and all between is float32.
+`parallel` is what torch makes of it, whose LayerNorm under autocast returns float32.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import Backend, _check_backend, _check_floating, _check_shape, _runs_triton
+from .precision import outside_autocast, state_dtype
+
+
+def merge_routes(
+    y_full: Tensor | None,
+    y_half: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_half: Tensor | None,
+    bias_half: Tensor | None,
+    size: tuple[int, int],
+    eps: float = 1e-5,
+    sum_first: bool = False,
+    means: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """LayerNorm of the full routes' sum, plus the half routes' LayerNorms summed and upsampled bilinearly.
+
+    Either branch may be missing. Sums, LayerNorm and interpolation are float32 whatever the inputs are (float64 for
+    float64 inputs); of `parallel`, what torch makes them.
+
+    Args:
+        y_full: routes on the full map, (B, Kf, H, W, D).
+        y_half: routes on the half map, (B, Kh, ceil(H/2), ceil(W/2), D).
+        weight: LayerNorm's on the full map, (D,).
+        bias: (D,).
+        weight_half: LayerNorm's on the half map, (D,); may be `weight` itself.
+        bias_half: (D,).
+        size: (H, W).
+        eps: LayerNorm's.
+        sum_first: whether the half routes too are normalised after their sum, not each before it.
+        means: whether the channels' means are wanted, for squeeze-excitation.
+        backend: `auto` (Triton on a GPU, parallel on a CPU and in an export), `triton`, `parallel` or `reference`.
+
+    Returns:
+        The map (B, H, W, D) in the dtype of the routes, and with `means` its channels' means (B, D), in float32 by
+        `triton`, otherwise in the dtype of the map; else None.
+
+    Raises:
+        TypeError: an input is complex or not floating point.
+        ValueError: there are no routes, shapes do not fit together, or the backend is unknown or cannot run here.
+    """
+    tensors = {"y_full": y_full, "y_half": y_half, "weight": weight, "bias": bias}
+    tensors |= {"weight_half": weight_half, "bias_half": bias_half}
+    _check_floating(**tensors)
+    some = y_full if y_full is not None else y_half
+    if some is None:
+        raise ValueError("y_full and y_half are both None; expected routes on the full map, on the half map, or both")
+    height, width = size
+    known: dict[str, int] = {}
+    branches = (("y_full", y_full, (height, width)), ("y_half", y_half, (-(-height // 2), -(-width // 2))))
+    for name, y, (rows, columns) in branches:
+        suffix = name.removeprefix("y_full").removeprefix("y")
+        if y is None:
+            continue
+        _check_shape(name, y, ("B", "K", "H", "W", "D"), {})
+        known = known or {"B": y.shape[0], "D": y.shape[4]}
+        _check_shape(name, y, ("B", "K", "H", "W", "D"), {**known, "H": rows, "W": columns})
+        for part in ("weight", "bias"):
+            t = tensors[part + suffix]
+            if t is None:
+                raise ValueError(f"{part}{suffix} is None, but there is {name}; expected LayerNorm's, of shape (D,)")
+            _check_shape(part + suffix, t, ("D",), known)
+    arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
+    states = state_dtype(*tensors.values())
+    if _check_backend(backend, some, states) == "reference":
+        return reference(*arguments)
+    if backend == "parallel" or not _runs_triton(backend, some, states) or torch.compiler.is_exporting():
+        return parallel(*arguments)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    m, found, _, _ = _merge_routes(*arguments, keep)
+    return m, found if means else None
+
+
+def gate(m: Tensor, scale: Tensor | None, z: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """A map times squeeze-excitation's factors of its channels, if any, and times its gate (Fig. 5): m ∘ s ∘ SiLU(z).
+
+    Args:
+        m: map, (B, H, W, D).
+        scale: (B, D).
+        z: (B, H, W, D); read where it lies if it is half of a map's channels.
+        backend: as of `merge_routes`.
+
+    Returns:
+        (B, H, W, D), in the dtype of m; of `parallel`, what torch makes it.
+
+    Raises:
+        TypeError: an input is complex or not floating point.
+        ValueError: shapes do not fit together, or the backend is unknown or cannot run here.
+    """
+    _check_floating(m=m, scale=scale, z=z)
+    _check_shape("m", m, ("B", "H", "W", "D"), {})
+    known = dict(zip("BHWD", m.shape, strict=True))
+    _check_shape("z", z, ("B", "H", "W", "D"), known)
+    if scale is not None:
+        _check_shape("scale", scale, ("B", "D"), known)
+    states = state_dtype(m, scale, z)
+    if _check_backend(backend, m, states) == "reference":
+        return reference_gate(m, scale, z)
+    if backend == "parallel" or not _runs_triton(backend, m, states) or torch.compiler.is_exporting():
+        return parallel_gate(m, scale, z)
+    return _gate(m, scale, z)
+
+
+def upsample(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear interpolation of a channels-last map to height and width `size` (Eq. 11)."""
+    x = F.interpolate(x.permute(0, 3, 1, 2), size=tuple(size), mode="bilinear", align_corners=False)
+    return x.permute(0, 2, 3, 1)
+
+
+@outside_autocast
+def reference(
+    y_full: Tensor | None,
+    y_half: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_half: Tensor | None,
+    bias_half: Tensor | None,
+    height: int,
+    width: int,
+    eps: float,
+    sum_first: bool,
+    means: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The definition, in the dtype of states. Read this first."""
+    tensors = (y_full, y_half, weight, bias, weight_half, bias_half)
+    dtype = state_dtype(*tensors)
+    out_dtype = next(y.dtype for y in (y_full, y_half) if y is not None)
+    y_full, y_half, weight, bias, weight_half, bias_half = (None if t is None else t.to(dtype) for t in tensors)
+    m, found = parallel(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
+    return m.to(out_dtype), None if found is None else found.to(out_dtype)
+
+
+def parallel(
+    y_full: Tensor | None,
+    y_half: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_half: Tensor | None,
+    bias_half: Tensor | None,
+    height: int,
+    width: int,
+    eps: float,
+    sum_first: bool,
+    means: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """By torch's LayerNorm and interpolation, in the dtypes that they choose."""
+    found = []
+    if y_full is not None:
+        found.append(F.layer_norm(y_full.sum(dim=1), y_full.shape[-1:], weight, bias, eps))
+    if y_half is not None:
+        routes = y_half.sum(dim=1, keepdim=True) if sum_first else y_half
+        half = F.layer_norm(routes, routes.shape[-1:], weight_half, bias_half, eps).sum(dim=1)
+        found.append(upsample(half, (height, width)))
+    m = found[0] + found[1] if len(found) == 2 else found[0]
+    return m, m.mean(dim=(1, 2)) if means else None
+
+
+@outside_autocast
+def reference_gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
+    """The definition, in the dtype of states."""
+    dtype = state_dtype(m, scale, z)
+    return parallel_gate(m.to(dtype), None if scale is None else scale.to(dtype), z.to(dtype)).to(m.dtype)
+
+
+def parallel_gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
+    """In the dtypes that torch chooses."""
+    return (m if scale is None else m * scale[:, None, None]) * F.silu(z)
+
+
+# The registered operators: forward, backward, fake, autograd.
+
+
+@torch.library.custom_op("msv::merge_routes", mutates_args=())
+def _merge_routes(
+    y_full: Tensor | None,
+    y_half: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_half: Tensor | None,
+    bias_half: Tensor | None,
+    height: int,
+    width: int,
+    eps: float,
+    sum_first: bool,
+    means: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the map, its channels' means, and with `keep` the sums of full and of half routes; or empty tensors."""
+    arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means, keep)
+    return _triton().merge_routes(*arguments)
+
+
+@_merge_routes.register_fake
+def _(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means, keep):
+    some = y_full if y_full is not None else y_half
+    batch, channels = some.shape[0], some.shape[4]
+    sums = []
+    for y, summed in ((y_full, True), (y_half, sum_first)):
+        kept = keep and summed and y is not None and y.shape[1] > 1
+        sums.append(some.new_empty((batch, 1, *y.shape[2:]) if kept else 0))
+    found = some.new_empty((batch, channels) if means else 0, dtype=torch.float32)
+    return some.new_empty(batch, height, width, channels), found, *sums
+
+
+@torch.library.custom_op("msv::merge_routes_backward", mutates_args=())
+def _merge_routes_backward(
+    dm: Tensor,
+    dmeans: Tensor | None,
+    full: Tensor | None,
+    half: Tensor | None,
+    weight: Tensor | None,
+    weight_half: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    """Returns the gradients of the full routes and of their LayerNorm, (2, D) in float32, then those of the half's.
+
+    Routes that were summed first all have the same gradient, which stands there once.
+    """
+    return _triton().merge_routes_backward(dm, dmeans, full, half, weight, weight_half, eps)
+
+
+@_merge_routes_backward.register_fake
+def _(dm, dmeans, full, half, weight, weight_half, eps):
+    found = []
+    for y in (full, half):
+        if y is not None:
+            found += [y.new_empty(y.shape), y.new_empty((2, y.shape[4]), dtype=torch.float32)]
+    return found
+
+
+def _keep_routes(ctx: Any, inputs: tuple, output: tuple) -> None:
+    full, half, *norms = inputs[:6]
+    *_, full_sum, half_sum = output
+    ctx.routes = tuple(None if y is None else y.shape[1] for y in (full, half))
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in norms)
+    ctx.eps, ctx.means = inputs[8], inputs[10]
+    ctx.mark_non_differentiable(full_sum, half_sum)
+    full, half = (kept if kept.numel() else y for y, kept in ((full, full_sum), (half, half_sum)))
+    ctx.save_for_backward(full, half, norms[0], norms[2])
+
+
+def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:
+    full, half, weight, weight_half = ctx.saved_tensors
+    arguments = (dm, dmeans if ctx.means else None, full, half, weight, weight_half, ctx.eps)
+    found = iter(_merge_routes_backward(*arguments))
+    routes: list[Tensor | None] = []
+    norms: list[Tensor | None] = []
+    for number, dtypes in zip(ctx.routes, (ctx.dtypes[:2], ctx.dtypes[2:]), strict=True):
+        if number is None:
+            routes.append(None)
+            norms += [None, None]
+        else:
+            routes.append(next(found).expand(-1, number, -1, -1, -1))  # of a sum, the same for every route
+            norms += [t.to(dtype) for t, dtype in zip(next(found), dtypes, strict=True)]
+    return (*routes, *norms, None, None, None, None, None, None)
+
+
+_merge_routes.register_autograd(_route_gradients, setup_context=_keep_routes)
+
+
+@torch.library.custom_op("msv::gate", mutates_args=())
+def _gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
+    return _triton().gate(m, scale, z)
+
+
+@_gate.register_fake
+def _(m, scale, z):
+    return m.new_empty(m.shape)
+
+
+@torch.library.custom_op("msv::gate_backward", mutates_args=())
+def _gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of m, scale and z; that of scale is empty where there is none."""
+    return _triton().gate_backward(dout, m, scale, z)
+
+
+@_gate_backward.register_fake
+def _(dout, m, scale, z):
+    return m.new_empty(m.shape), m.new_empty(0) if scale is None else scale.new_empty(scale.shape), z.new_empty(z.shape)
+
+
+def _keep_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_gradients(ctx: Any, dout: Tensor) -> tuple:
+    m, scale, z = ctx.saved_tensors
+    dm, dscale, dz = _gate_backward(dout, m, scale, z)
+    return dm, None if scale is None else dscale, dz
+
+
+_gate.register_autograd(_gate_gradients, setup_context=_keep_gate)
+
+
+def _triton() -> Any:
+    from . import triton_merge
+
+    return triton_merge

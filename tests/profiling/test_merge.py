@@ -1,0 +1,49 @@
+"""The benchmark of the merge and the gate, run dry."""
+
+import csv
+import os
+
+import pytest
+import torch
+
+from msv.profiling import merge
+
+KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(not KERNELS_RUN, reason="needs a GPU, or TRITON_INTERPRET=1")
+def test_quick(tmp_path, capsys):
+    assert merge.main(["--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [f"{kind} 2x8x7x6 bfloat16" for kind in merge.KINDS]
+    for row in rows:
+        assert tuple(row) == merge.COLUMNS
+        assert float(row["forward_speedup"]) == pytest.approx(
+            float(row["forward_torch_ms"]) / float(row["forward_ms"]), rel=1e-3
+        )
+    assert "1/3 SE 2x8x7x6" in capsys.readouterr().out
+
+
+def test_moved_bytes():
+    for kind, forward, backward in (("1/3 SE", 6.25, 10.5), ("4/0", 8, 9), ("0/4 SE", 5.5, 6.75)):
+        m = 2 * 8 * 6 * 10 * 2
+        assert merge.Case(kind, (2, 8, 6, 10)).moved_bytes == (forward * m, (forward + backward) * m)
+
+
+@pytest.mark.parametrize("kind", merge.KINDS)
+def test_backends_get_the_same_tensors(kind):
+    device = torch.device("cpu")
+    case = merge.Case(kind, (2, 5, 4, 6), torch.float32)
+    ours, theirs = (case.call(device, backend) for backend in ("reference", "parallel"))
+    assert ours.tensors[2].stride() == (5 * 4 * 12, 4 * 12, 12, 1)
+    for found, expected in zip(ours.forward_backward(), theirs.forward_backward(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments, message", [(["--quick", "--only", "2/2"], "--only is 2/2"), ([], "no GPU here")])
+def test_refused(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        merge.main([*arguments, "--out", str(tmp_path)])
