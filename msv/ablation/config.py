@@ -32,6 +32,8 @@ _DATA_LEFT_OUT = frozenset(
     {"root", "download", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "predict_paths"}
 )
 _MODEL_LEFT_OUT = frozenset({"compile"})
+# Options of the network that came later, with what it did before: runs from then are still the same.
+_CAME_LATER = {"recurrence": True}
 # Callbacks that watch a run or save it; any other may change what is trained, and counts.
 _WATCHING_CALLBACKS = frozenset(
     {
@@ -95,8 +97,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
     Left out are paths and the settings of devices, processes, compilation, logs and progress bars: the same training
     elsewhere has the same hash. The seed counts as ``seed_everything``, not as the copies that follow it in the data
-    and the model. Of ``model.init_args.pretrained`` the file's name counts, not its folder. Key order, tuple or list,
-    and 1 or 1.0 make no difference.
+    and the model. Of ``model.init_args.pretrained`` the file's name counts, not its folder. An option of the network
+    that came later counts where it is not what the network did before. Key order, tuple or list, and 1 or 1.0 make no
+    difference.
 
     Args:
         config: resolved, as plain dicts and lists.
@@ -119,6 +122,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
             pretrained = part["init_args"].get("pretrained")
             if isinstance(pretrained, str):
                 part["init_args"]["pretrained"] = PurePath(pretrained).name
+            network = part["init_args"].get("network")
+            if isinstance(network, dict) and isinstance(network.get("init_args"), dict):
+                options = network["init_args"]
+                for name, before in _CAME_LATER.items():
+                    if options.get(name) == before:
+                        del options[name]
     return hashlib.sha256(canonical(counted).encode()).hexdigest()[:8]
 
 

@@ -144,6 +144,15 @@ def test_new_keys_that_follow_or_say_nothing_leave_the_hash():
     assert config_hash(config) == config_hash(base())
 
 
+@pytest.mark.parametrize("recurrence", [True, False])
+def test_an_option_that_came_later_leaves_the_hash_of_what_was_before(recurrence):
+    config = base()
+    config["model"]["init_args"]["network"]["init_args"]["recurrence"] = recurrence
+    same = config_hash(config) == config_hash(base())
+    assert same is recurrence  # which it always was
+    assert config["model"]["init_args"]["network"]["init_args"]["recurrence"] is recurrence
+
+
 def test_pretrained_counts_by_file_name():
     here = apply_overrides(base(), {"model.init_args.pretrained": "/a/nano.pth"})
     there = apply_overrides(base(), {"model.init_args.pretrained": "/b/c/nano.pth"})
