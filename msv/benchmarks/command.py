@@ -6,6 +6,8 @@ from importlib import import_module
 
 BENCHMARKS = {
     "scan": ("msv.profiling.benchmark", "the scan's time and memory"),
+    "depthwise": ("msv.profiling.depthwise", "the depthwise convolutions, beside torch's and a copy"),
+    "merge": ("msv.profiling.merge", "what follows the scans, beside torch's and a copy"),
     "network": ("msv.benchmarks.network", "a training step and inference of whole networks, beside Swin and ConvNeXt"),
     "scaling": ("msv.benchmarks.scaling", "images a second against batch and image size, with a plot"),
     "loop": ("msv.benchmarks.loop", "what the training loop adds to a step"),
@@ -15,7 +17,7 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark that the first word names, with the arguments after it; returns its exit status."""
-    listed = "\n".join(f"  {name:9}{what}" for name, (_, what) in BENCHMARKS.items())
+    listed = "\n".join(f"  {name:10}{what}" for name, (_, what) in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="cli.py benchmark",
         description="Measures what msv costs on this machine.",
