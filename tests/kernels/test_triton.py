@@ -573,6 +573,22 @@ def test_compiled_is_eager(operator, outputs_and_gradients, device):
     assert_same_bits(outputs_and_gradients(compiled, arguments), outputs_and_gradients(scan, arguments))
 
 
+@devices
+@pytest.mark.usefixtures("fresh_compiler")
+def test_1d_is_compiled_once_for_all_lengths(make_1d, device):
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    scan = torch.compile(partial(scan_and_last, backend=BACKEND), fullgraph=True, backend=counting, dynamic=True)
+    for length in (52, 61, 38):  # of which memory's sectors make different kinds
+        arguments = to(make_1d(3, 64, length, 2, dtype=FLOAT32, grad=False), device)
+        torch.testing.assert_close(scan(**arguments), scan_and_last(**arguments, backend=BACKEND), rtol=0, atol=0)
+    assert len(graphs) == 1
+
+
 class Scan(torch.nn.Module):
     def __init__(self, scan):
         super().__init__()
