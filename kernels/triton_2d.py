@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import outside_autocast
 from .routes import route_order, sequences
 from .triton_tiles import (
     CHANNELS,
@@ -25,13 +26,16 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
+    fetch,
     matrix_precision,
     multiprocessors,
     sigmoid,
     softplus,
     spread,
     stack,
+    state_sectors,
     sum_channels,
+    to_tf32,
     unstack,
     walk_backward,
     walk_forward,
@@ -247,20 +251,19 @@ def scan_2d_forward(
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             states = state_rows(p_ptr, load_positions(positions_ptr + i * T, T), S * W, R, N)
             for n in range(0, N):
-                next_n = tl.minimum(n + 1, N - 1)
-                BC_of_next = tl.load(states + next_n)
-                h_of_next = tl.load(began + next_n * D, mask=known, other=0.0)
-                A_log_of_next = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
                 Bs, Cs = spread(BC, T)
-                ys, h = walk_forward(steps, inputs, Bs, Cs, decay_rate(A_log), h, ys, T)
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = tl.load(states + next_n)
+                h_of_next = tl.load(began + next_n * D, mask=known, other=0.0)
+                A2 = decay_rate(A_log)
+                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                 if i + 1 < end:
                     tl.store(state_ptr + n * D, h, mask=mask)
                 if SUMMARY:
                     if i + 1 == i1:
                         tl.store(starts_ptr + n * D, h, mask=mask)
-                BC = BC_of_next
                 h = h_of_next
-                A_log = A_log_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             store_rows(y_ptr, to, d, ys, length - i * T, D, C, T)
@@ -356,7 +359,10 @@ def scan_2d_backward(
     dp_ptr += (block * batch + b) * routes * L * W
     positions_ptr += first_tile * T
     places_ptr += first_tile * T
-    saved_ptr += (b * slots + first_tile - sequence) * N * D + d
+    saved_ptr += (b * slots + first_tile - sequence) * N * D
+    if N > 1:
+        state_lines = state_sectors(saved_ptr + block * C, D, N, C)
+    saved_ptr += d
     ends_ptr += wide_row * N * D + d
     dA_ptr += wide_row * N * D + d
     A_log_ptr += weights * N * D + d
@@ -393,6 +399,7 @@ def scan_2d_backward(
     next_at = load_positions(positions_ptr + tl.maximum(last - 2, i0) * T, T)
     raws = project(low, w_hi, w_lo, bias, C, T)
     state_ptr = saved_ptr + (last - 1).to(tl.int64) * (N * D)  # what is saved before tile i
+    h = tl.load(state_ptr, mask=d < tl.where(last > 0, D, 0), other=0.0)
     for back in range(0, i1 - i0):
         i = last - back
         # The next loads, those of the tile before; before the first one, the first one's again. Of all tiles only the
@@ -407,7 +414,9 @@ def scan_2d_backward(
         xs = unstack(x_tile.trans(), C, T)
         dys = unstack(dy_tile.trans(), C, T)
         known = d < tl.where(i > 0, D, 0)
-        h = tl.load(state_ptr, mask=known, other=0.0)
+        next_h = tl.load(state_ptr - N * D, mask=d < tl.where(i > 1, D, 0), other=0.0)
+        if N > 1:
+            fetch(state_lines + tl.maximum(i - 2, 0).to(tl.int64) * (N * D))
 
         wide_dys = ()
         steps = ()
@@ -446,17 +455,17 @@ def scan_2d_backward(
             s = tl.load(ends_ptr, mask=mask, other=0.0)
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                next_n = tl.minimum(n + 1, N - 1)
-                BC_of_next = tl.load(states + next_n)
-                h_of_next = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
-                s_of_next = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
-                A_log_of_next = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                Bs, Cs = spread(BC, T)
+                A2 = decay_rate(A_log)
                 if SUMMARY:
                     s = tl.where(back > 0, s, 0.0)
                 else:
                     dA = tl.load(dA_ptr + n * D, mask=mask, other=0.0)
-                A2 = decay_rate(A_log)
-                Bs, Cs = spread(BC, T)
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = tl.load(states + next_n)
+                h_of_next = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
+                s_of_next = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
+                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
                 s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
                     steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, 0, rest, FULL, T
                 )
@@ -472,10 +481,8 @@ def scan_2d_backward(
                         tl.store(dp_rows[:, None] + (R + N + first + eight)[None, :], dCs, mask=columns_done)
                         dBs = tl.zeros((T, 8), tl.float32)
                         dCs = tl.zeros((T, 8), tl.float32)
-                BC = BC_of_next
                 h = h_of_next
                 s = s_of_next
-                A_log = A_log_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
@@ -489,6 +496,8 @@ def scan_2d_backward(
                 dxs = dxs + (dx,)
             store_rows(dx_ptr, to, d, dxs, length - i * T, D, C, T)
             draws = stack(into_raw, C, T)
+            if PRECISION == "tf32":
+                draws = to_tf32(draws)
             dlow = tl.dot(draws.trans(), weight, input_precision=PRECISION)
             tl.store(dp_rows[:, None] + r[None, :], dlow, mask=in_route[:, None] & (r < R)[None, :])
             dweight = tl.dot(draws, low.to(tl.float32), dweight, input_precision=PRECISION)
@@ -498,6 +507,7 @@ def scan_2d_backward(
         x_tile = next_x
         dy_tile = next_dy
         BC = next_BC
+        h = next_h
         to = next_to
         next_to = later_to
         state_ptr -= N * D
@@ -532,6 +542,7 @@ class Plan(NamedTuple):
     tiles: tuple[int, ...]
 
 
+@outside_autocast
 def selective_scan_2d(
     x: Tensor,
     x_dbl: Tensor,
@@ -584,6 +595,7 @@ def selective_scan_2d(
     return out, saved
 
 
+@outside_autocast
 def selective_scan_2d_backward(
     dy: Tensor,
     saved: Tensor,
