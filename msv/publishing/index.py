@@ -1,6 +1,5 @@
 """The index of what is published, `results/README.md`, made from what lies beside it."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from msv.comparison import accuracy, throughput
 from msv.files import write_atomic
 from msv.kept import Row
 from msv.publishing.guard import row_problem
+from msv.publishing.timed import TimedTable, timed_tables
 
-MEASURED, COUNTED, COMPARED, TIMED = "measured", "counted", "comparison", "benchmarks"
-"""What `results/` holds that git tracks."""
+MEASURED, COUNTED, COMPARED = "measured", "counted", "comparison"
+"""What `results/` holds that git tracks, beside what is timed."""
 
 _INTRODUCTION = """\
 # Results
@@ -129,19 +129,14 @@ def _top1(results: Path) -> str:
 
 
 def _timed(results: Path) -> str:
-    lines, notes = [], []
-    benchmarks: set[str] = set()
-    for path in sorted((results / TIMED).glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        lines.append(_timed_line(path.stem, path.relative_to(results), rows))
-        benchmarks.add(path.stem.rsplit("_", 1)[0])  # its name is followed by the device
-    if benchmarks:
-        commands = ", ".join(f"`python cli.py benchmark {name}`" for name in sorted(benchmarks))
-        notes = [f"Timed by {commands}, on the device that the table names."]
+    tables = [table for table in timed_tables(results) if table.rows]
+    lines = [_timed_line(_timed_links(table, results), _share(table), table.rows) for table in tables]
+    commands = [command for table in tables for command in table.commands]
+    notes = ["Timed by\n\n```sh\n" + "\n".join(dict.fromkeys(commands)) + "\n```"] if commands else []
     speeds = _fit(throughput.store(results / COMPARED).read())
     if speeds:
-        lines.append(_timed_line(_TITLES["table_6"], Path(COMPARED, "table_6.md"), speeds))
+        link = f"[{_TITLES['table_6']}]({COMPARED}/table_6.md)"
+        lines.append(_timed_line(link, str(len(speeds)), speeds))
         notes.append(f"Table 6 by {_commands(speeds)}.")
     else:
         notes.append(
@@ -151,9 +146,22 @@ def _timed(results: Path) -> str:
     return "\n\n".join(part for part in ("## Timed here", table, *notes) if part)
 
 
-def _timed_line(title: str, path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
-    told = [_told(row.get(column) or "–" for row in rows) for column in ("device", "torch", "commit")]
-    return [f"[{title}]({path.as_posix()})", str(len(rows)), *told]
+def _timed_line(links: str, rows: str, taken: Sequence[Mapping[str, str]]) -> list[str]:
+    return [links, rows, *(_told(row.get(column) or "–" for row in taken) for column in ("device", "torch", "commit"))]
+
+
+def _timed_links(table: TimedTable, results: Path) -> str:
+    """A timed table by its page, if it has one, with what else there is of it."""
+    others = {"CSV": table.path if table.page else None, "plot": table.plot}
+    links = [f"[{what}]({path.relative_to(results).as_posix()})" for what, path in others.items() if path]
+    told = f"[{table.path.stem}]({(table.page or table.path).relative_to(results).as_posix()})"
+    return f"{told} ({', '.join(links)})" if links else told
+
+
+def _share(table: TimedTable) -> str:
+    """How many rows of a table are published."""
+    rows, left_out = len(table.rows), len(table.left_out)
+    return f"{rows} of {rows + left_out}" if left_out else str(rows)
 
 
 def _counted(results: Path) -> str:
