@@ -8,6 +8,7 @@ COMMANDS = {
     "keep": "msv.publishing.keep",
     "profile": "msv.ablation.profiles",
     "compare": "msv.comparison.command",
+    "goldens": "msv.publishing.goldens",
     "benchmark": "msv.benchmarks.command",
     "convert": "msv.models.convert",
     "export": "msv.tasks.export",

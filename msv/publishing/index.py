@@ -12,6 +12,7 @@ from msv.ablation.tables import load_table
 from msv.comparison import accuracy, throughput
 from msv.files import write_atomic
 from msv.kept import Row
+from msv.publishing import goldens
 from msv.publishing.guard import row_problem
 from msv.publishing.timed import TimedTable, timed_tables
 
@@ -38,6 +39,7 @@ _TITLES = {
     "table_6": "Table 6: throughput in inference",
     "table_7": "Table 7: architectures",
     "fig_1": "Fig. 1: accuracy against FLOPs",
+    "goldens": "Differences from what the published code computed",
     "ablate_components": "ablate_components: the rows of Table 4",
     "ablate_scans": "ablate_scans: the rows of Table 5",
     "compare_baseline": "compare_baseline: VMamba-Nano against MS2D",
@@ -56,7 +58,14 @@ def write_index(results: Path) -> Path:
         OSError: the file cannot be written.
     """
     tables = {folder: load_table(folder) for folder in kept_folders(results)}
-    sections = [_INTRODUCTION, _measured(results, tables), _top1(results), _timed(results), _counted(results)]
+    sections = [
+        _INTRODUCTION,
+        _measured(results, tables),
+        _top1(results),
+        _agreement(results),
+        _timed(results),
+        _counted(results),
+    ]
     path = results / "README.md"
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
@@ -126,6 +135,33 @@ def _top1(results: Path) -> str:
     link = f"[{_TITLES['table_1']}]({COMPARED}/table_1.md)"
     title = "## Measured here, of weights at hand"
     return "\n\n".join([title, f"{link} has them beside the paper's.", table, f"By {_commands(rows)}."])
+
+
+def _agreement(results: Path) -> str:
+    rows = _fit(goldens.store(results / COMPARED).read())
+    if not rows:
+        return ""
+    lines = [
+        [
+            row["quantity"],
+            f"{float(row['difference']):.1e}",
+            f"{float(row['tolerance']):g}",
+            row["measure"],
+            f"`{row['golden']}`, {row['network']}, {row['size']}",
+        ]
+        for row in goldens.largest(rows)
+    ]
+    link = f"[{_TITLES['goldens']}]({COMPARED}/goldens.md)"
+    titles = ["tensors", "difference", "allowed", "which is", "of"]
+    devices, commits = _told(row["device"] or "–" for row in rows), _told(f"`{row['commit']}`" for row in rows)
+    return "\n\n".join(
+        [
+            "## Agreement with the published model",
+            f"{link}, on the same weights and images. The largest, on {devices} at commit {commits}:",
+            pipe_table(titles, lines, words=len(titles)),
+            f"By {_commands(rows)}.",
+        ]
+    )
 
 
 def _timed(results: Path) -> str:

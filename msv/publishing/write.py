@@ -8,6 +8,8 @@ from msv.ablation.counted import write_counts
 from msv.ablation.tables import make_table
 from msv.comparison import accuracy, throughput
 from msv.files import shipped_grids
+from msv.kept import Row
+from msv.publishing import goldens
 from msv.publishing.guard import row_problem
 from msv.publishing.index import COMPARED, COUNTED, kept_folders, write_index
 from msv.publishing.timed import timed_tables
@@ -51,15 +53,21 @@ def write_all(results: Path) -> Written:
             written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
     for file in shipped_grids():
         written += write_counts(file, results / COUNTED)
-    written += comparison.write_all(results / COMPARED, lambda row: row_problem(row) is None)
+    written += comparison.write_all(results / COMPARED, _may_be_published)
+    written += goldens.write_page(results / COMPARED, _may_be_published)
     if problems:
         raise ValueError("; ".join(problems))
     return Written([*written, write_index(results)], _left_out(results))
 
 
+def _may_be_published(row: Row) -> bool:
+    return row_problem(row) is None
+
+
 def _left_out(results: Path) -> list[str]:
     told = [f"{table.path}, {reason}" for table in timed_tables(results) for reason in table.left_out]
-    for store in (accuracy.store(results / COMPARED), throughput.store(results / COMPARED)):
+    for kind in (accuracy, throughput, goldens):
+        store = kind.store(results / COMPARED)
         for row in store.read():
             if problem := row_problem(row):
                 told.append(f"{store.path}: {', '.join(store.identity(row))}: {problem}")
