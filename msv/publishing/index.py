@@ -10,7 +10,7 @@ from msv.ablation.paper import CONFOUNDED
 from msv.ablation.rows import Table
 from msv.ablation.tables import load_table
 from msv.comparison import accuracy, throughput
-from msv.files import write_atomic
+from msv.files import EXPERIMENTS, shipped_grids, write_atomic
 from msv.kept import Row
 from msv.publishing import goldens
 from msv.publishing.guard import row_problem
@@ -26,12 +26,11 @@ What this code has measured, timed and counted; `python cli.py tables --all` mak
 what is kept here. The paper's own numbers (arXiv 2405.14174) stand beside ours in columns called *paper*, and nowhere
 else: no column holds both, and no mean is made of both.
 
-The grids are those of `experiments/`: `ablate_components` is Table 4, `ablate_scans` Table 5; `controls_components` and
-`controls_scans` are the same rows with control rows, at equal depth; `compare_baseline` is VMamba-Nano against MS2D.
+The grids are those of `experiments/`:
 
-What the paper's rows confound: in `ablate_components` {ablate_components}. In `ablate_scans` {ablate_scans}.""".format(
-    **CONFOUNDED
-)
+{grids}
+
+What the paper's rows confound: in `ablate_components` {ablate_components}. In `ablate_scans` {ablate_scans}."""
 
 
 _TITLES = {
@@ -43,8 +42,8 @@ _TITLES = {
     "ablate_components": "ablate_components: the rows of Table 4",
     "ablate_scans": "ablate_scans: the rows of Table 5",
     "compare_baseline": "compare_baseline: VMamba-Nano against MS2D",
-    "controls_components": "controls_components: the rows of Table 4 and their controls",
-    "controls_scans": "controls_scans: the rows of Table 5 and their controls",
+    "controls_components": "controls_components: the rows of Table 4 and their controls, at equal depth",
+    "controls_scans": "controls_scans: the rows of Table 5 and their controls, of states and weight sets",
     "pathfinder_scans": "pathfinder_scans: the rows of Table 5 and controls without recurrence, for Pathfinder",
 }
 """File -> what the index calls it."""
@@ -59,7 +58,7 @@ def write_index(results: Path) -> Path:
     """
     tables = {folder: load_table(folder) for folder in kept_folders(results)}
     sections = [
-        _INTRODUCTION,
+        _introduction(),
         _measured(results, tables),
         _top1(results),
         _agreement(results),
@@ -74,6 +73,15 @@ def write_index(results: Path) -> Path:
 def kept_folders(results: Path) -> list[Path]:
     """Folders of the grids that are published in a results folder."""
     return sorted(path.parent for path in (results / MEASURED).glob(f"*/*/{GRID_FILE}"))
+
+
+def _introduction() -> str:
+    lines = []
+    for path in shipped_grids():
+        about = _TITLES.get(path.stem, "").partition(": ")[2]
+        link = f"[`{path.stem}`](../{path.relative_to(EXPERIMENTS.parent).as_posix()})"
+        lines.append(f"- {link}: {about}" if about else f"- {link}")
+    return _INTRODUCTION.format(grids="\n".join(lines), **CONFOUNDED)
 
 
 def _measured(results: Path, tables: Mapping[Path, Table]) -> str:

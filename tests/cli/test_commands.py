@@ -306,6 +306,15 @@ def test_help_is_quiet(words):
     assert "usage" in done.stdout
 
 
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, (module, what) in cli.COMMANDS.items():
+        assert f"{name} ({what})" in told
+        assert callable(importlib.import_module(module).main)
+
+
 @pytest.mark.parametrize("command", ["tables", "keep"])
 def test_there_is_nothing_to_make_tables_of_or_to_keep(run, tmp_path, command):
     one_error(run(command, "--results", str(tmp_path)), r"no grid has results in .*run one first")

@@ -6,6 +6,7 @@ import pytest
 
 from msv.benchmarks.command import BENCHMARKS
 from msv.comparison import accuracy
+from msv.files import shipped_grids
 from msv.kept import ENVIRONMENT
 from msv.publishing.index import write_index
 from msv.publishing.write import write_all
@@ -32,6 +33,12 @@ def test_index(results):
     # A page that was not made is not linked.
     assert "Counted here" not in text
     assert "comparison" not in text
+
+
+def test_the_introduction_lists_the_grids_that_there_are(tmp_path):
+    introduction = write_index(tmp_path).read_text().partition("\n## ")[0]
+    grids = re.findall(r"^- \[`(\w+)`\]\(\.\./experiments/\1\.yaml\): \S", introduction, re.MULTILINE)
+    assert grids == [path.stem for path in shipped_grids()]
 
 
 def test_an_empty_folder_has_an_index_too(tmp_path):
