@@ -78,7 +78,9 @@ def _head(table: Table) -> list[tuple[str, str]]:
     every = [(cell, record) for cell, runs in table.records.items() for record in runs.values() if record is not None]
     # What the numbers stand on are the finished runs; before there is one, the others say what is under way.
     used = [(cell, record) for cell, record in every if record["status"] == "done"] or every
+    not_tested = "runs end with validation (`grid.test: false`), to choose by: no number here is of the test split"
     head = [
+        ("Not tested", "" if table.tested else not_tested),
         ("Data", _agreed(used, describe_data)),
         ("Augmentation", _agreed(used, _augmentation)),
         ("Schedule", _agreed(used, _schedule)),

@@ -100,7 +100,7 @@ def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
                 f"[{table.name}]({where}/table.md)",
                 table.recipe,
                 _told(describe_data(record) for record in done),
-                f"{len(done)} of {len(runs)}{origin}",
+                f"{len(done)} of {len(runs)}{origin}{'' if table.tested else ', validated alone, not tested'}",
                 _told(str(seed) for cell in table.records.values() for seed in cell),
                 _told(machine(record["env"]).partition("; ")[0] for record in done),
                 _told(f"`{record['env']['commit']}`" for record in done),
