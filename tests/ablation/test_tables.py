@@ -1,9 +1,11 @@
 import csv
 import io
+import json
 import re
 import shutil
 
 import pytest
+import yaml
 
 from msv.ablation.grid import resolve_runs, write_grid_file
 from msv.ablation.records import write_record
@@ -304,6 +306,23 @@ def test_records_that_disagree_are_all_listed(tmp_path):
     assert "9 train, 360 val, 360 test images of 1×32×32; 10 classes (`full_scans=4`)" in text
     assert "**Schedule**: 30 epochs" in text
     assert "the seeds of full_scans=4 disagree" in text
+
+
+def test_what_the_grid_varies_is_told_by_cell(tmp_path):
+    schedule = {"epochs": 30, "global_batch_size": 64, "lr": 0.001, "precision": "32-true"}
+    folder = fabricate(tmp_path, {1: [0.7, 0.71], 4: [0.71, 0.73]})
+    listed = yaml.safe_load((folder / "grid.yaml").read_text())
+    (folder / "grid.yaml").write_text(yaml.safe_dump({**listed, "toggles": [*listed["toggles"], "init_args.lr"]}))
+    paths = sorted(folder.glob("full_scans=4/*/record.json"))
+    for path in paths:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schedule": {**schedule, "lr": 0.002}}))
+    text = make_table(folder).markdown.read_text()
+    assert (
+        "**Schedule**: by cell: 30 epochs, batch 64, lr 0.001, precision 32-true (`full_scans=1`); "
+        "30 epochs, batch 64, lr 0.002, precision 32-true (`full_scans=4`)\n"
+    ) in text
+    paths[0].write_text(json.dumps({**json.loads(paths[0].read_text()), "schedule": schedule}))
+    assert "**Schedule**: **the records disagree**" in make_table(folder).markdown.read_text()
 
 
 def test_without_baseline_or_printed_numbers_their_columns_go(tmp_path):
