@@ -128,6 +128,32 @@ def test_every_recipe_leaves_the_architecture_alone(grid, recipe):
     assert "grid" not in yaml.safe_load(recipe.read_text())
 
 
+def test_the_recipe_is_searched_for_around_itself_without_a_test():
+    search, recipe = (ROOT / "experiments" / name for name in ("search_recipe.yaml", "recipes/fashion_mnist.yaml"))
+    runs = runs_of(search)
+    assert {(run.recipe, run.tested) for run in runs} == {("fashion_mnist", False)}
+    assert len(runs) == 12 * 2
+    (base, *_) = (run.config for run in runs if run.cell.name == "lr=0.001,batch_size=128")
+    (frozen,) = (run.config for run in runs_of(ROOT / "experiments" / "compare_baseline.yaml", recipe)
+                 if run.cell.name == "vmamba_nano")  # fmt: skip
+    # What is searched around is the recipe, but for its length.
+    assert dict(flat(base)).items() ^ dict(flat(frozen)).items() == {
+        ("trainer.max_epochs", 8), ("trainer.max_epochs", 30),
+        ("model.init_args.warmup_epochs", 1), ("model.init_args.warmup_epochs", 3),
+    }  # fmt: skip
+    searched = {"lr", "weight_decay", "drop_path_rate", "max_shift", "mixup", "cutmix", "batch_size"}
+    assert set(runs[0].cell.toggles) == searched
+
+
+def flat(config, prefix=""):
+    """The leaves of a config by dotted key."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value) if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_difficulty_is_searched_for_without_a_test(size):
     recipe = ROOT / "experiments" / "recipes" / f"pathfinder_{size}.yaml"
