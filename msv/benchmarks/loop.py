@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,25 @@ from msv.profiling.steps import training_step
 from msv.profiling.timing import torch_threads
 from msv.tasks import EMA, Classification, History
 
-from .networks import CLASSES, KEY, PRECISIONS, Case, add_options, chosen_device, command, file_stem, say
+from . import networks
+from .networks import CLASSES, PRECISIONS, add_options, chosen_device, command, file_stem, say
 
-COLUMNS = (*KEY, "status", "step_ms", "fit_ms", "overhead", "steps", "rounds", "error", "command")
+
+@dataclass(frozen=True)
+class Case(networks.Case):
+    """What one row measures.
+
+    Attributes:
+        steps: of a round.
+        rounds: of which medians are taken.
+    """
+
+    steps: int
+    rounds: int
+
+
+KEY = tuple(field.name for field in fields(Case))
+COLUMNS = (*KEY, "status", "step_ms", "fit_ms", "overhead", "error", "command")
 """Of the CSV, beside where a row was measured. `step_ms` is a bare step on one batch that lies on the device; `fit_ms`
 a step of `fit` with data, logging, schedule, history and moving average; medians of `rounds` rounds of `steps` steps.
 `overhead` is the median over rounds of how much longer the second takes, as a share of the first.
@@ -94,19 +111,15 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     device = chosen_device(options)
-    if options.steps < 1 or options.rounds < 1:
-        raise ValueError(f"--steps is {options.steps} and --rounds {options.rounds}; expected 1 or more")
     quiet()
     console = Console()
     with torch_threads(options.threads):
         cases = plan(device, options)
         kept = Kept(Path(options.out) / f"{file_stem('loop', device, options.quick)}.csv", COLUMNS, (*KEY, "device"))
         where = here(device)
-        steps, rounds = (2, 1) if options.quick else (options.steps, options.rounds)
         again = command("loop", options, _parser())
         todo = missing(cases, kept, where, options.again)
-        one = partial(measure_case, device=device, steps=steps, rounds=rounds)
-        for row in measure(todo, one, device, kept, where, again):
+        for row in measure(todo, partial(measure_case, device=device), device, kept, where, again):
             say(console, told(row, options.quick))
     asked = [case.columns.items() for case in cases]
     rows = [row for row in kept.read() if place(row) == tuple(where.values()) and any(c <= row.items() for c in asked)]
@@ -125,29 +138,28 @@ def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:
     modes = options.mode or (["eager", "compiled"] if on_gpu else ["eager"])
     precision = options.precision or ("bf16" if on_gpu else "float32")
     batch = options.batch or (2 if options.quick else 128 if on_gpu else 64)
+    steps, rounds = options.steps or (2 if options.quick else 50), options.rounds or (1 if options.quick else 5)
     models = [find(name, "--only") for name in options.only]
     return [
-        Case(model, "training", mode, precision, batch, size)
+        Case(model, "training", mode, precision, batch, size, steps, rounds)
         for model, size, mode in itertools.product(models, sizes, modes)
     ]
 
 
-def measure_case(case: Case, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
+def measure_case(case: Case, device: torch.device) -> dict[str, Any]:
     """Times rounds of bare steps and of steps of `fit` in turns; returns the columns of one case."""
     bare, fitted = [], []
-    for _ in range(rounds):
-        bare.append(bare_seconds(case, device, steps))
-        fitted.append(fit_seconds(case, device, steps))
+    for _ in range(case.rounds):
+        bare.append(bare_seconds(case, device))
+        fitted.append(fit_seconds(case, device))
     return {
         "step_ms": 1e3 * statistics.median(bare),
         "fit_ms": 1e3 * statistics.median(fitted),
         "overhead": statistics.median(fit / step - 1 for fit, step in zip(fitted, bare, strict=True)),
-        "steps": steps,
-        "rounds": rounds,
     }
 
 
-def bare_seconds(case: Case, device: torch.device, steps: int) -> float:
+def bare_seconds(case: Case, device: torch.device) -> float:
     """Seconds of a step made by hand."""
     images = torch.randn(case.batch, 3, case.size, case.size, device=device)
     labels = torch.randint(CLASSES, (case.batch,), device=device)
@@ -156,16 +168,16 @@ def bare_seconds(case: Case, device: torch.device, steps: int) -> float:
         work()
     _wait(device)
     start = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(case.steps):
         work()
     _wait(device)
-    return (time.perf_counter() - start) / steps
+    return (time.perf_counter() - start) / case.steps
 
 
-def fit_seconds(case: Case, device: torch.device, steps: int) -> float:
+def fit_seconds(case: Case, device: torch.device) -> float:
     """Seconds of a step in a training of the same network on data in memory."""
-    stopwatch = Stopwatch(WARMUP, WARMUP + steps)
-    data = RandomImages(WARMUP + steps + 1, case.batch, case.size)
+    stopwatch = Stopwatch(WARMUP, WARMUP + case.steps)
+    data = RandomImages(WARMUP + case.steps + 1, case.batch, case.size)
     model = Classification(lambda in_chans, classes: _network(case), CLASSES, compile=case.mode == "compiled")
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -175,7 +187,7 @@ def fit_seconds(case: Case, device: torch.device, steps: int) -> float:
             callbacks=[stopwatch, History(), EMA()],
         )  # fmt: skip
         trainer.fit(model, datamodule=data)
-    return stopwatch.seconds / steps
+    return stopwatch.seconds / case.steps
 
 
 def told(row: Row, quick: bool) -> str:
@@ -212,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=["msvmamba_nano"], metavar="NAME", help="models (default: nano)")
     parser.add_argument("--batch", type=int, metavar="N", help="images of a step (default: 128; on a CPU 64)")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="their side (default: 224 64; on a CPU 32)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of a round (default: 50)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of both, in turns (default: 5)")
     add_options(parser, ("eager", "compiled"))
     return parser

@@ -102,7 +102,10 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     Raises:
         ValueError: there is no GPU for `cuda`, or `--threads`, `--batch` or `--size` is too small.
     """
-    for name, least in (("threads", 1), ("batch", 1), ("batches", 1), ("size", 32), ("sizes", 32)):
+    for name, least in (
+        *((name, 1) for name in ("threads", "batch", "batches", "steps", "rounds")),
+        *((name, 32) for name in ("size", "sizes")),
+    ):
         value = getattr(options, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < least:

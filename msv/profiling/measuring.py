@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from msv.kept import Kept, Row, place
+from msv.provenance import names_code
 
 from .batches import turns
 from .timing import Work, call_seconds
@@ -76,17 +77,17 @@ def time_calls(works: Mapping[str, Work], device: torch.device, effort: Effort) 
 def missing(cases: Sequence[C], kept: Kept, where: Mapping[str, str], again: bool = False) -> list[C]:
     """The cases that have no finished row from this very place; those that failed here come last.
 
-    A case that takes the whole process with it must not keep the others from being measured.
+    A case that takes the whole process with it must not keep the others from being measured. Where the commit does not
+    say which code ran, nothing is finished: that code may have been changed since.
     """
-    if again:
-        return list(cases)
+    anew = again or not names_code(where["commit"])
     at_hand = [row for row in kept.read() if place(row) == tuple(where.values())]
 
     def state(case: C) -> str | None:
         return next((row["status"] for row in at_hand if case.columns.items() <= row.items()), None)
 
     states = [(case, state(case)) for case in cases]
-    left = [(case, found) for case, found in states if found in (None, FAILED)]
+    left = [(case, found) for case, found in states if anew or found in (None, FAILED)]
     return [case for case, _ in sorted(left, key=lambda entry: entry[1] == FAILED)]
 
 

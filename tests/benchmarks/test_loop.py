@@ -31,7 +31,7 @@ def run(folder, *options):
         return status, path.name, list(csv.DictReader(file))
 
 
-def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys):
+def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys, clean_commit):
     status, name, rows = run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")
     assert (status, name) == (0, "loop_cpu.csv")
     (row,) = rows
@@ -42,6 +42,10 @@ def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys):
     assert float(row["overhead"]) > 0.03
     assert "MISSED: msvmamba_nano, eager, float32, 2 of 32×32: a step of fit takes" in capsys.readouterr().out
     assert run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")[2] == rows
+    # A shorter run is not taken for it, nor takes its place.
+    longer = run(tmp_path, "--steps", "3", "--rounds", "3", "--batch", "2")[2]
+    assert [(row["steps"], row["rounds"]) for row in longer] == [("3", "2"), ("3", "3")]
+    assert longer[0] == row
 
 
 def test_quick(tmp_path, small, capsys):

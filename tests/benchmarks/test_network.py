@@ -33,7 +33,7 @@ def run(folder, *options):
         return status, list(csv.DictReader(file))
 
 
-def test_rows_are_kept_and_not_measured_again(folder, capsys, monkeypatch):
+def test_rows_are_kept_and_not_measured_again(folder, capsys, clean_commit):
     status, rows = run(folder, "--only", "msvmamba_nano", "--task", "inference")
     assert (status, len(rows)) == (0, 1)
     status, rows = run(folder, "--only", "msvmamba_nano")

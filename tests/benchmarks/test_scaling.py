@@ -35,7 +35,7 @@ def run(folder, *options):
         return status, path.name, list(csv.DictReader(file))
 
 
-def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, capsys):
+def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, capsys, clean_commit):
     sizes = ("--batches", "1", "2", "4", "--sizes", "32", "64", "--batch", "1", "--task", "inference")
     status, name, rows = run(tmp_path, *sizes)
     assert (status, name) == (0, "scaling_cpu.csv")

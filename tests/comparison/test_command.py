@@ -26,7 +26,7 @@ def test_counts(tmp_path, capsys):
     assert f"wrote {tmp_path / 'fig_1.png'}" in out
 
 
-def test_throughput_on_a_cpu(tmp_path, capsys, means, monkeypatch):
+def test_throughput_on_a_cpu(tmp_path, capsys, means, monkeypatch, clean_commit):
     monkeypatch.setattr(throughput, "create", lambda model, size: means)
     monkeypatch.setattr(throughput, "ON_CPU", throughput.Effort(1, 3, 0.0, 0))
     words = ["--out", str(tmp_path), "--measure", "throughput", "--only", "vmamba_tiny", "swin_tiny", "--size", "32"]
