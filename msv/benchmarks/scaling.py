@@ -89,11 +89,10 @@ def main(argv: Sequence[str]) -> int:
 def series(device: torch.device, options: argparse.Namespace) -> list[list[Case]]:
     """The cells: for each model, task and mode those of growing batches, and those of growing images."""
     kind = device.type
-    batches, sizes, fixed = BATCHES[kind], SIZES[kind], options.batch or FIXED_BATCH[kind]
-    size = SIZE
+    batches, sizes, fixed, size = BATCHES[kind], SIZES[kind], FIXED_BATCH[kind], SIZE
     if options.quick:
         batches, sizes, fixed, size = (1, 2), (64, 96), 1, 64
-    batches, sizes = tuple(options.batches or batches), tuple(options.sizes or sizes)
+    batches, sizes, fixed = tuple(options.batches or batches), tuple(options.sizes or sizes), options.batch or fixed
     precision = options.precision or ("bf16" if kind == "cuda" else "float32")
     found = []
     models = [find(name, "--only") for name in options.only] or NETWORKS

@@ -102,3 +102,14 @@ def test_every_mode_compiles_as_torch_knows_it(mode, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **options: (network, options))
     found = steps._run_as("network", mode)
     assert found == ("network" if mode == "eager" else ("network", steps.MODES[mode]))
+
+
+def test_what_is_given_wins_over_quick():
+    (case,) = plan(torch.device("cpu"), loop._parser().parse_args(["--quick", "--steps", "4", "--batch", "3"]))
+    assert (case.steps, case.rounds, case.batch) == (4, 1, 3)
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--rounds", "-1"]])
+def test_numbers_out_of_range(tmp_path, words):
+    with pytest.raises(ValueError, match=f"{words[0]} is {words[1]}; expected 1 or more"):
+        command.main(["loop", "--device", "cpu", "--out", str(tmp_path), *words])

@@ -133,3 +133,10 @@ def test_the_same_numbers_give_the_same_picture():
 def test_sizes_out_of_range(tmp_path, words):
     with pytest.raises(ValueError, match=f"{words[0]} is {words[1]}; expected"):
         command.main(["scaling", "--device", "cpu", "--out", str(tmp_path), *words])
+
+
+def test_what_is_given_wins_over_quick():
+    options = scaling._parser().parse_args(["--quick", "--batch", "3", "--only", "msvmamba_nano"])
+    found = series(torch.device("cpu"), options)
+    assert {case.batch for case in found[1]} == {3}
+    assert {case.size for case in found[0]} == {64}
