@@ -20,7 +20,7 @@ from torch import nn
 from msv.comparison.systems import create, find
 from msv.data.in_memory import InMemoryData, Labelled
 from msv.experiment import quiet
-from msv.kept import Kept, Row, here, number, place
+from msv.kept import MACHINE, Kept, Row, here, number, place
 from msv.profiling.measuring import FAILED, measure, missing
 from msv.profiling.steps import training_step
 from msv.profiling.timing import torch_threads
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     with torch_threads(options.threads):
         cases = plan(device, options)
-        kept = Kept(Path(options.out) / f"{file_stem('loop', device, options.quick)}.csv", COLUMNS, (*KEY, "device"))
+        kept = Kept(Path(options.out) / f"{file_stem('loop', device, options.quick)}.csv", COLUMNS, (*KEY, *MACHINE))
         where = here(device)
         again = command("loop", options, _parser())
         todo = missing(cases, kept, where, options.again)

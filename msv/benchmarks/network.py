@@ -12,7 +12,7 @@ from rich.table import Table
 
 from msv.ablation.paper import TABLE_6
 from msv.comparison.systems import REFERENCE, find, order
-from msv.kept import ENVIRONMENT, Kept, Row, here, number, place
+from msv.kept import ENVIRONMENT, MACHINE, Kept, Row, here, number, place
 from msv.profiling.measuring import FAILED, Effort, measure, missing, time_calls
 from msv.profiling.timing import torch_threads
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 
 def store(folder: Path, device: torch.device, quick: bool) -> Kept:
     """The rows kept in a folder: one for each case and device."""
-    return Kept(folder / f"{file_stem('network', device, quick)}.csv", COLUMNS, (*KEY, "device"))
+    return Kept(folder / f"{file_stem('network', device, quick)}.csv", COLUMNS, (*KEY, *MACHINE))
 
 
 def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from msv.comparison.systems import find
 from msv.files import write_atomic
-from msv.kept import Kept, Row, here, number, place
+from msv.kept import MACHINE, Kept, Row, here, number, place
 from msv.profiling.measuring import DONE, FAILED, Effort, is_out_of_memory, measure, missing
 from msv.profiling.timing import torch_threads
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     with torch_threads(options.threads):
         cases = list(dict.fromkeys(case for one in series(device, options) for case in one))
         stem = file_stem("scaling", device, options.quick)
-        kept, where = Kept(Path(options.out) / f"{stem}.csv", COLUMNS, (*KEY, "device")), here(device)
+        kept, where = Kept(Path(options.out) / f"{stem}.csv", COLUMNS, (*KEY, *MACHINE)), here(device)
         todo = missing(cases, kept, where, options.again)
         if len(todo) < len(cases):
             say(console, f"{len(cases) - len(todo)} cells are finished and skipped; --again measures them anew")

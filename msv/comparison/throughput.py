@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from msv.ablation.paper import TABLE_6
-from msv.kept import Kept, Row
+from msv.kept import MACHINE, Kept, Row
 from msv.profiling import measuring
 from msv.profiling.measuring import Effort, time_call
 from msv.profiling.steps import inference_step, random_images
@@ -30,7 +30,7 @@ tensors alive at once: weights, images and what the forward needs. `status` is d
 
 def store(folder: Path) -> Kept:
     """The rows kept in a folder: one for each case and device."""
-    return Kept(folder / FILE, COLUMNS, ("model", "precision", "mode", "batch", "size", "device"))
+    return Kept(folder / FILE, COLUMNS, ("model", "precision", "mode", "batch", "size", *MACHINE))
 
 
 @dataclass(frozen=True)

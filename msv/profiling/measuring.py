@@ -9,13 +9,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from msv.kept import Kept, Row, place
+from msv.kept import DONE, FAILED, Kept, Row, place
 from msv.provenance import names_code
 
 from .batches import turns
 from .timing import Work, call_seconds
-
-DONE, FAILED = "done", "failed"
 
 
 class Case(Protocol):
