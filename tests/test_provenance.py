@@ -81,5 +81,5 @@ def test_commit_without_a_repository_of_its_own(repository, monkeypatch):
 
 def test_which_commits_say_what_ran():
     assert names_code("0123456789ab")
-    for commit in ("", "unknown", "0123456789ab+dirty"):
-        assert not names_code(commit)
+    for other in ("", "unknown", "0123456789ab+dirty"):
+        assert not names_code(other)

@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,27 @@ class Case(Protocol):
 
 
 C = TypeVar("C", bound=Case)
+
+
+class NamedCase(ABC):
+    """A case whose name tells it apart."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The row in words; no two cases share it."""
+
+    @abstractmethod
+    def about(self) -> Mapping[str, object]:
+        """The columns that tell the case, beside its name."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """As a row has it."""
+        return {name: str(value) for name, value in {"name": self.name, **self.about()}.items()}
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)

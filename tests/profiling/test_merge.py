@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from msv.kept import ENVIRONMENT
 from msv.profiling import merge
 
 KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -19,7 +20,7 @@ def test_quick(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [f"{kind} 2x8x7x6 bfloat16" for kind in merge.KINDS]
     for row in rows:
-        assert tuple(row) == merge.BENCHMARK.columns
+        assert tuple(row) == (*merge.BENCHMARK.columns, *ENVIRONMENT)
         assert float(row["forward_speedup"]) == pytest.approx(
             float(row["forward_torch_ms"]) / float(row["forward_ms"]), rel=1e-3
         )
