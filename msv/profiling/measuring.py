@@ -54,7 +54,8 @@ class Effort:
     """How long a row is measured.
 
     Attributes:
-        calls: of a turn, one after another, so that the host can run ahead of a GPU as it does in use.
+        calls: of a turn at most, one after another, so that the host can run ahead of a GPU as it does in use; fewer
+            where they would take longer than the turn's part of the seconds, but one.
         turns: at most; three at least, or as many as there are.
         seconds: after which no further turn begins.
         warmup: calls before anything is timed, in which kernels are compiled and loaded.
@@ -75,22 +76,20 @@ class Timed:
     turns: int
 
 
-def time_call(work: Work, device: torch.device, effort: Effort) -> Timed:
-    """Times one call after some to warm up."""
-    return time_calls({"work": work}, device, effort)["work"]
-
-
 def time_calls(works: Mapping[str, Work], device: torch.device, effort: Effort) -> dict[str, Timed]:
     """Times calls against each other, in turns, after some to warm up."""
-    for work in works.values():
+    counts = {}
+    for name, work in works.items():
         _repeat(work, effort.warmup)
+        seconds = call_seconds(work, device)
+        counts[name] = max(1, min(effort.calls, int(effort.seconds / effort.turns / seconds)))
     found = turns(
-        {name: partial(_repeat, work, effort.calls) for name, work in works.items()},
+        {name: partial(_repeat, work, counts[name]) for name, work in works.items()},
         lambda batches: {name: call_seconds(batch, device) for name, batch in batches.items()},
         effort.turns,
         effort.seconds,
     )
-    times = {name: [value / effort.calls for value in values] for name, values in found.items()}
+    times = {name: [value / counts[name] for value in values] for name, values in found.items()}
     return {name: Timed(statistics.median(one), min(one), len(one)) for name, one in times.items()}
 
 

@@ -30,12 +30,6 @@ class Step:
     held_bytes: int
 
 
-def random_images(network: nn.Module, batch: int, size: int, in_chans: int = 3) -> Tensor:
-    """Images (B, in_chans, size, size) on the device and in the dtype of the network's weights."""
-    weight = next(network.parameters())
-    return torch.randn(batch, in_chans, size, size, device=weight.device, dtype=weight.dtype)
-
-
 def random_step(
     network: nn.Module, shape: tuple[int, int, int, int], num_classes: int, task: str, mode: str, precision: str
 ) -> Step:

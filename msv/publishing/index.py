@@ -133,13 +133,13 @@ def _timed(results: Path) -> str:
     benchmarks: set[str] = set()
     for path in sorted((results / TIMED).glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = _fit(csv.DictReader(file))
         lines.append(_timed_line(path.stem, path.relative_to(results), rows))
         benchmarks.add(path.stem.rsplit("_", 1)[0])  # its name is followed by the device
     if benchmarks:
         commands = ", ".join(f"`python cli.py benchmark {name}`" for name in sorted(benchmarks))
         notes = [f"Timed by {commands}, on the device that the table names."]
-    speeds = _fit(throughput.store(results / COMPARED).read())
+    speeds = _fit(throughput.kept_rows(results / TIMED))
     if speeds:
         lines.append(_timed_line(_TITLES["table_6"], Path(COMPARED, "table_6.md"), speeds))
         notes.append(f"Table 6 by {_commands(speeds)}.")

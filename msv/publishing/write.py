@@ -9,7 +9,7 @@ from msv.ablation.tables import make_table
 from msv.comparison import accuracy, throughput
 from msv.files import shipped_grids
 from msv.publishing.guard import row_problem
-from msv.publishing.index import COMPARED, COUNTED, kept_folders, write_index
+from msv.publishing.index import COMPARED, COUNTED, TIMED, kept_folders, write_index
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ def write_all(results: Path) -> Written:
             written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
     for file in shipped_grids():
         written += write_counts(file, results / COUNTED)
-    written += comparison.write_all(results / COMPARED, lambda row: row_problem(row) is None)
+    written += comparison.write_all(results / COMPARED, results / TIMED, lambda row: row_problem(row) is None)
     if problems:
         raise ValueError("; ".join(problems))
-    return Written([*written, write_index(results)], _left_out(results / COMPARED))
+    return Written([*written, write_index(results)], _left_out(results))
 
 
-def _left_out(folder: Path) -> list[str]:
+def _left_out(results: Path) -> list[str]:
     told = []
-    for store in (accuracy.store(folder), throughput.store(folder)):
+    for store in (accuracy.store(results / COMPARED), *throughput.stores(results / TIMED)):
         for row in store.read():
             if problem := row_problem(row):
                 told.append(f"{store.path}: {', '.join(store.identity(row))}: {problem}")

@@ -6,7 +6,7 @@ import torch
 from msv.benchmarks import command, loop
 from msv.benchmarks.loop import COLUMNS, RandomImages, plan, told
 from msv.kept import ENVIRONMENT
-from msv.profiling import steps
+from msv.profiling import networks, steps
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def small(monkeypatch):
         def forward(self, images):
             return self.linear(images.mean(dim=(2, 3)))
 
-    monkeypatch.setattr(loop, "create", lambda model, size: Means())
+    monkeypatch.setattr(networks, "create", lambda model, size: Means())
 
 
 def run(folder, *options):
@@ -69,7 +69,7 @@ def test_the_stopwatch_counts_whole_steps(small, monkeypatch):
 
 
 def test_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "create", lambda model, size: 1 / 0)
+    monkeypatch.setattr(networks, "create", lambda model, size: 1 / 0)
     status, _, rows = run(tmp_path, "--quick")
     assert (status, rows[0]["status"]) == (1, "failed")
 

@@ -3,11 +3,12 @@ import csv
 import pytest
 import torch
 
-from msv.benchmarks import command, networks, scaling
-from msv.benchmarks.networks import SWIN
+from msv.benchmarks import command, scaling
 from msv.benchmarks.scaling import COLUMNS, as_series, exponent, growth, series
 from msv.benchmarks.scaling_plot import Series, plot
+from msv.comparison.systems import SWIN
 from msv.kept import ENVIRONMENT
+from msv.profiling import networks
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, caps
     assert "msvmamba_nano, inference, eager, batch 1: time grows as pixels to the power of" in printed
     assert "does not fit" in printed
     assert run(tmp_path, *sizes)[2] == rows
-    assert "5 cells are finished and skipped" in capsys.readouterr().out
+    assert "5 rows are finished and skipped" in capsys.readouterr().out
 
 
 def test_another_error_is_a_failure(tmp_path, monkeypatch):
