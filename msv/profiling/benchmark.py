@@ -12,10 +12,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from msv.files import write_atomic
 from msv.kept import Row
 
 from . import mamba_cuda, scan_cpu, scan_cpu_cases, scan_gpu, scan_gpu_bars, scan_gpu_cases
-from .commands import add_options, both_ways, checked_device, command_line, kept_file, measure_all, say, wide_console
+from .commands import (
+    add_options,
+    both_ways,
+    checked_device,
+    command_line,
+    kept_file,
+    measure_all,
+    page,
+    say,
+    wide_console,
+)
 from .timing import torch_threads
 
 
@@ -66,8 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(benchmark.table(found.rows, found.where))
     for line in benchmark.remarks(found.rows):
         say(console, line)
-    say(console, f"written to {kept.path}")
+    written = kept.path.with_suffix(".md")
+    write_atomic(written, page("The scan", kept.read(), benchmark.table, benchmark.remarks))
+    say(console, f"written to {kept.path} and {written}")
     return found.status
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The kept rows of `scan_cuda.csv` or `scan_cpu.csv` as a page, with the bars; nothing is measured anew."""
+    if rows and "name" in rows[0]:
+        return page("The scan", rows, scan_gpu.table, _with_bars)
+    return page("The scan", rows, scan_cpu.table, scan_cpu.verdicts)
+
+
+def _with_bars(rows: Sequence[Row]) -> list[str]:
+    return [*scan_gpu.notes(rows), *scan_gpu_bars.verdicts(rows)]
 
 
 def cpu_benchmark(options: argparse.Namespace) -> Benchmark:
@@ -116,9 +140,7 @@ def gpu_benchmark(options: argparse.Namespace, device: torch.device, console: Co
         effort=scan_gpu.QUICK if options.quick else scan_gpu.Effort(),
     )
 
-    def remarks(rows: Sequence[Row]) -> list[str]:
-        return [*scan_gpu.notes(rows), *([] if options.quick else scan_gpu_bars.verdicts(rows))]
-
+    remarks = scan_gpu.notes if options.quick else _with_bars
     # Rows that lack something, or are of another backend, must not take the place of the whole ones.
     parts = [
         "scan",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from msv.kept import FAILED, MACHINE, Kept, Row, here, is_done, place
 
@@ -127,6 +128,40 @@ def measure_all(
     found = [next((row for row in at_hand if case.columns.items() <= row.items()), None) for case in cases]
     rows = [row for row in found if row is not None]
     return Outcome(where, rows, int(failed or any(row["status"] == FAILED for row in rows)))
+
+
+def page(
+    title: str,
+    rows: Sequence[Row],
+    table: Callable[[Sequence[Row], Mapping[str, str]], Table],
+    remarks: Callable[[Sequence[Row]], Sequence[str]],
+) -> str:
+    """Kept rows as Markdown: for each place the table that the command prints, its remarks, and what measured it.
+
+    Args:
+        title: of the page.
+        rows: of any places; nothing is measured anew.
+        table: of rows of one place, and that place.
+        remarks: lines about rows of one place.
+    """
+    parts = [f"# {title}"]
+    for where in dict.fromkeys(place(row) for row in rows):
+        found = [row for row in rows if place(row) == where]
+        first, made = found[0], table(found, found[0])
+        versions = [f"{name} {first[name]}" for name in ("torch", "triton", "cuda", "msv", "python") if first[name]]
+        commands = dict.fromkeys(f"`{row['command']}`" for row in found if row["command"])
+        parts += [f"## {first['device']}, commit {first['commit'] or 'unknown'}", ", ".join(versions), _as_pipes(made)]
+        parts += [str(made.caption or ""), "\n".join(f"- {line}" for line in remarks(found))]
+        parts += [f"By {', '.join(commands)}."] if commands else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _as_pipes(table: Table) -> str:
+    heads = [str(column.header) for column in table.columns]
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    lines = zip(*(column.cells for column in table.columns), strict=True)
+    texts = [[str(cell).replace("\n", ", ") for cell in line] for line in (heads, rules, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in texts)
 
 
 def both_ways(row: Row) -> str:

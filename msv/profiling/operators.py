@@ -13,11 +13,22 @@ from typing import Any, Protocol
 import torch
 from rich.table import Table
 
+from msv.files import write_atomic
 from msv.kept import FAILED, Row
 from msv.kernels import Backend
 
 from .batches import time_batches
-from .commands import add_options, both_ways, checked_device, command_line, kept_file, measure_all, say, wide_console
+from .commands import (
+    add_options,
+    both_ways,
+    checked_device,
+    command_line,
+    kept_file,
+    measure_all,
+    page,
+    say,
+    wide_console,
+)
 from .scan_call import Call
 from .timing import Work, torch_threads
 
@@ -108,9 +119,28 @@ class Benchmark:
         with torch_threads(options.threads):
             measure = partial(measure_case, device=device, quick=options.quick)
             found = measure_all(chosen, measure, device, kept, command, options.again, console, both_ways)
-        console.print(table(self.name, found.rows, found.where))
-        say(console, f"written to {kept.path}")
+        console.print(self.table(found.rows, found.where))
+        written = kept.path.with_suffix(".md")
+        write_atomic(written, self.markdown(kept.read()))
+        say(console, f"written to {kept.path} and {written}")
         return found.status
+
+    def markdown(self, rows: Sequence[Row]) -> str:
+        """Kept rows as a page; nothing is measured anew."""
+        return page(self.description, rows, self.table, notes)
+
+    def table(self, rows: Sequence[Row], where: Mapping[str, str]) -> Table:
+        """Kept rows for a reader; times in ms."""
+        title = "{device}, torch {torch}, triton {triton}".format(**where)
+        made = Table(self.name, title=title, title_justify="left", caption="medians in ms", caption_justify="left")
+        for way in ("fwd", "fwd+bwd"):
+            for head in (way, "torch", "copy", "faster", "×copy"):
+                made.add_column(head, justify="right", no_wrap=True)
+        for row in rows:
+            numbers = [f"{way}_{time}" for way in WAYS for time in TIMES]
+            told = ["failed"] if row["status"] == FAILED else [f"{float(row[name]):.3g}" for name in numbers]
+            made.add_row(row["name"], *told)
+        return made
 
 
 def measure_case(case: Case, device: torch.device, quick: bool) -> dict[str, Any]:
@@ -133,15 +163,8 @@ def measure_case(case: Case, device: torch.device, quick: bool) -> dict[str, Any
     return {**row, "method": measured.method, "repeats": measured.repeats, "method_note": measured.note}
 
 
-def table(name: str, rows: Sequence[Row], where: Mapping[str, str]) -> Table:
-    """Kept rows for a reader; times in ms."""
-    title = "{device}, torch {torch}, triton {triton}".format(**where)
-    made = Table(name, title=title, title_justify="left", caption="medians in ms", caption_justify="left")
-    for way in ("fwd", "fwd+bwd"):
-        for head in (way, "torch", "copy", "faster", "×copy"):
-            made.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        numbers = [f"{way}_{time}" for way in WAYS for time in TIMES]
-        told = ["failed"] if row["status"] == FAILED else [f"{float(row[name]):.3g}" for name in numbers]
-        made.add_row(row["name"], *told)
-    return made
+def notes(rows: Sequence[Row]) -> list[str]:
+    """A line for each row that failed, or was not timed as the others are."""
+    return [
+        f"{row['name']}: {row['error'] or row['method_note']}" for row in rows if row["error"] or row["method_note"]
+    ]

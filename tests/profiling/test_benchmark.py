@@ -22,7 +22,7 @@ def quick(tmp_path_factory):
         patch.delenv("TRITON_INTERPRET", raising=False)
         assert benchmark.main(["--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
     assert torch.get_num_threads() == threads
-    (path,) = out.iterdir()
+    (path,) = out.glob("*.csv")
     with path.open(newline="") as file:
         return path.name, list(csv.DictReader(file))
 
@@ -135,7 +135,7 @@ def test_no_gpu(tmp_path, monkeypatch):
 
 def gpu_table(tmp_path, *arguments):
     status = benchmark.main(["--quick", "--out", str(tmp_path), *arguments])
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.csv")
     with path.open(newline="") as file:
         return status, path.name, list(csv.DictReader(file))
 
@@ -212,6 +212,19 @@ def test_a_new_row_takes_the_place_of_one_published_row(tmp_path, where, name, c
     kept.put({column: first[column] for column in key} | {"status": "done"}, where | there | {"device": "another"})
     found = kept.read()
     assert [row["commit"] for row in found] == ["a commit", *[first["commit"]] * (rows - 1), "a commit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "rows"), [("scan_cuda", scan_gpu.COLUMNS, 39), ("scan_cpu", scan_cpu.COLUMNS, 6)]
+)
+def test_kept_rows_are_a_page(name, columns, rows):
+    kept = Kept(PUBLISHED / f"{name}.csv", columns, ()).read()
+    page = benchmark.markdown(kept)
+    assert f"## {kept[0]['device']}, commit {kept[0]['commit']}" in page
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(lines) >= 2 + rows
+    assert {line.count("|") for line in lines[:2]} == {line.count("|") for line in lines[2:]}
+    assert "\n- met: " in page
 
 
 def test_no_two_rows_of_a_cpu_are_alike():

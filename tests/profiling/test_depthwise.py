@@ -15,7 +15,8 @@ KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") ==
 @pytest.mark.skipif(not KERNELS_RUN, reason="needs a GPU, or TRITON_INTERPRET=1")
 def test_quick(tmp_path, capsys):
     assert depthwise.main(["--quick", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.csv")
+    assert "2x8x7x6 bfloat16 | " in path.with_suffix(".md").read_text()
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [f"{kind} 2x8x7x6 bfloat16" for kind in depthwise.KINDS]
