@@ -1,6 +1,7 @@
 """What the commands that measure have in common: options, rows measured one by one, and what is said of them."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def command_line(
     for option, value in vars(options).items():
         if option not in (*_OF_THIS_MACHINE, *without) and value != parser.get_default(option):
             values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-            words += [f"--{option}", *map(str, values)]
+            words += [f"--{option}", *(shlex.quote(str(one)) for one in values)]
     return " ".join(words)
 
 

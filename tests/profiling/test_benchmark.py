@@ -176,7 +176,7 @@ def test_a_row_that_fails_stops_no_other(interpreter, tmp_path, capsys, monkeypa
 
 
 def test_a_run_goes_on_where_it_was(interpreter, tmp_path, capsys, monkeypatch, clean_commit):
-    arguments = ("--device", "cpu", "--backend", "parallel", "--only", "K1")
+    arguments = ("--device", "cpu", "--backend", "parallel", "--only", "d B2 K1", "1d B1")
     original = scan_gpu.measure_case
     taken = []
 
@@ -194,7 +194,7 @@ def test_a_run_goes_on_where_it_was(interpreter, tmp_path, capsys, monkeypatch, 
     assert (status, len(rows)) == (0, 4)
     assert "1 rows are finished and skipped" in capsys.readouterr().out
     assert {row["command"] for row in rows} == {
-        "python cli.py benchmark scan --device cpu --quick --only K1 --backend parallel"
+        "python cli.py benchmark scan --device cpu --quick --only 'd B2 K1' '1d B1' --backend parallel"
     }
 
 
