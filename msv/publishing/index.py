@@ -14,7 +14,7 @@ from msv.files import EXPERIMENTS, shipped_grids, write_atomic
 from msv.kept import Row
 from msv.publishing import goldens
 from msv.publishing.guard import row_problem
-from msv.publishing.timed import TimedTable, timed_tables
+from msv.publishing.timed import TIMED, TimedTable, timed_tables
 
 MEASURED, COUNTED, COMPARED = "measured", "counted", "comparison"
 """What `results/` holds that git tracks, beside what is timed."""
@@ -177,7 +177,7 @@ def _timed(results: Path) -> str:
     lines = [_timed_line(_timed_links(table, results), _share(table), table.rows) for table in tables]
     commands = [command for table in tables for command in table.commands]
     notes = ["Timed by\n\n```sh\n" + "\n".join(dict.fromkeys(commands)) + "\n```"] if commands else []
-    speeds = _fit(throughput.store(results / COMPARED).read())
+    speeds = _fit(throughput.kept_rows(results / TIMED))
     if speeds:
         link = f"[{_TITLES['table_6']}]({COMPARED}/table_6.md)"
         lines.append(_timed_line(link, str(len(speeds)), speeds))

@@ -6,13 +6,13 @@ from pathlib import Path
 from msv import comparison
 from msv.ablation.counted import write_counts
 from msv.ablation.tables import make_table
-from msv.comparison import accuracy, throughput
+from msv.comparison import accuracy
 from msv.files import shipped_grids
 from msv.kept import Row
 from msv.publishing import goldens
 from msv.publishing.guard import row_problem
 from msv.publishing.index import COMPARED, COUNTED, kept_folders, write_index
-from msv.publishing.timed import timed_tables
+from msv.publishing.timed import TIMED, timed_tables
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def write_all(results: Path) -> Written:
             written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
     for file in shipped_grids():
         written += write_counts(file, results / COUNTED)
-    written += comparison.write_all(results / COMPARED, _may_be_published)
+    written += comparison.write_all(results / COMPARED, results / TIMED, _may_be_published)
     written += goldens.write_page(results / COMPARED, _may_be_published)
     if problems:
         raise ValueError("; ".join(problems))
@@ -66,8 +66,7 @@ def _may_be_published(row: Row) -> bool:
 
 def _left_out(results: Path) -> list[str]:
     told = [f"{table.path}, {reason}" for table in timed_tables(results) for reason in table.left_out]
-    for kind in (accuracy, throughput, goldens):
-        store = kind.store(results / COMPARED)
+    for store in (accuracy.store(results / COMPARED), goldens.store(results / COMPARED)):
         for row in store.read():
             if problem := row_problem(row):
                 told.append(f"{store.path}: {', '.join(store.identity(row))}: {problem}")

@@ -91,17 +91,17 @@ def test_dry_runs_and_parts_are_not_listed(results, name):
 def test_a_timed_row_is_listed_if_it_is_finished_and_of_a_known_commit(results, monkeypatch):
     monkeypatch.setattr("msv.publishing.guard.in_history", lambda commit: commit in ("abc", "def"))
     monkeypatch.setattr("msv.publishing.write.shipped_grids", lambda: [])
-    monkeypatch.setattr("msv.comparison.write_all", lambda out, takes: [])
-    command = "python cli.py benchmark network --only swin_tiny"
+    monkeypatch.setattr("msv.comparison.write_all", lambda out, timed, takes: [])
+    command = "python cli.py benchmark depthwise --only ffn"
     path = timed(
-        results, "network_cuda", f"done,,{command},A GPU,2.11.0,abc", f"does not fit,,{command},A GPU,2.11.0,abc",
+        results, "depthwise_cuda", f"done,,{command},A GPU,2.11.0,abc", f"does not fit,,{command},A GPU,2.11.0,abc",
         "failed,no memory,c,B GPU,2.11.0,abc", ",no kernel,c,B GPU,2.11.0,abc", "done,,c,B GPU,2.11.0,abc+dirty",
         "done,,c,B GPU,2.11.0,unknown", "done,,c,B GPU,2.11.0,elsewhere",
     )  # fmt: skip
     timed(results, "loop_cuda", "done,,c,B GPU,2.11.0,abc+dirty")
     section = timed_section(results)
     assert re.search(
-        r"\| \[network_cuda\]\(benchmarks/network_cuda.csv\) +\| 2 of 7 \| +A GPU \| 2.11.0 \| +abc \|", section
+        r"\| \[depthwise_cuda\]\(benchmarks/depthwise_cuda.csv\) +\| 2 of 7 \| +A GPU \| 2.11.0 \| +abc \|", section
     )
     assert f"```sh\n{command}\npython cli.py benchmark scan\n```" in section
     assert "B GPU" not in section
