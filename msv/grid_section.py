@@ -23,6 +23,8 @@ class Grid:
         rerun: what to do with runs that have a record: "failed" runs failed ones again and resumes unfinished ones,
             "all" moves every old run aside and starts afresh, "none" starts only runs that have no record.
         dry_run: print the cells and their commands, and train nothing.
+        workers: how many runs train side by side, each in a process of its own, on the one GPU or the CPU; torch's
+            threads are shared out among them, unless OMP_NUM_THREADS is set. Not with several devices.
         only: names of the only cells to run now, for job arrays; the grid and its table stay whole.
     """
 
@@ -37,4 +39,5 @@ class Grid:
     results: str = "results"
     rerun: Literal["failed", "all", "none"] = "failed"
     dry_run: bool = False
+    workers: int = 1
     only: list[str] = field(default_factory=list)

@@ -71,6 +71,8 @@ def expand(grid: Grid) -> list[Cell]:
             f"grid {grid.name!r} is empty; give it `axes` (key: [values]) or `cells` (name: {{key: value}})"
         )
     _check_seeds(grid.seeds)
+    if grid.workers < 1:
+        raise ValueError(f"grid.workers is {grid.workers}; expected how many runs train side by side, from 1 up")
     for key, values in grid.axes.items():
         _check_axis(key, values)
     short = toggle_names([*grid.axes, *(key for overrides in grid.cells.values() for key in overrides)])
