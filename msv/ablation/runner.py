@@ -20,6 +20,7 @@ from rich.console import Console
 
 from msv.ablation import cell as cell_process
 from msv.ablation.check import check_runs, check_same_data, resolve_all
+from msv.ablation.cost import duration, estimate, told
 from msv.ablation.grid import Run, check_results_root, grid_folder, selected, write_grid_file
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.ablation.tables import make_table
@@ -86,12 +87,14 @@ def run_grid(cli: ExperimentCLI) -> int:
         for number, run in enumerate(chosen, start=1):
             console.print(f"cell {number}/{len(chosen)} {title(run)} ({_state(run)}) in {run.folder}")
             console.print(f"  {cell_command(cli.words, run)}", style="dim")
+        _tell_cost(console, grid, [run for run in chosen if _is_due(grid, run)])
         return 0
     todo = [run for run in chosen if _is_due(grid, run)]
     check_runs(todo, fresh=grid.rerun == "all", workers=grid.workers)
     if grid.rerun != "all":
         check_same_data([run for run in chosen if (run.folder / RECORD_NAME).is_file()])
     twins = {} if grid.rerun == "all" else find_twins(todo)
+    _tell_cost(console, grid, [run for run in todo if run.folder not in twins])
     folder = grid_folder(grid, chosen[0].recipe)
     write_grid_file(grid, runs, command(cli.words))
 
@@ -123,6 +126,11 @@ def run_grid(cli: ExperimentCLI) -> int:
     _write_table(console, folder)  # also where no run was due: the baseline or the cells may be others by now
     _summarise(console, folder, tally)
     return 1 if tally.failed else 0
+
+
+def _tell_cost(console: Console, grid: Grid, runs: Sequence[Run]) -> None:
+    for line in told(estimate(runs, grid.workers), runs, grid.workers):
+        console.print(line, markup=False)
 
 
 def _begin(
@@ -319,12 +327,3 @@ def cell_command(words: Sequence[str], run: Run) -> str:
     """The command that makes one run of a grid again."""
     base = command(words, without=("rerun", "dry_run", "only", "seeds", "workers"))
     return f"{base} --grid.only '[\"{run.cell.name}\"]' --grid.seeds '[{run.seed}]'"
-
-
-def duration(seconds: float) -> str:
-    """A time span to read."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

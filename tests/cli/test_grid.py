@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from msv.ablation.cell import one_line, run_lock
+from msv.ablation.cost import duration
 from msv.ablation.grid import Cell, Run
-from msv.ablation.runner import command, duration
+from msv.ablation.runner import command
 from msv.ablation.twins import find_twins
 
 ROOT = Path(__file__).parents[2]
