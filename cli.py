@@ -6,6 +6,8 @@ from importlib import import_module
 COMMANDS = {
     "tables": "msv.publishing.command",
     "keep": "msv.publishing.keep",
+    "pack": "msv.publishing.pack",
+    "unpack": "msv.publishing.unpack",
     "profile": "msv.ablation.profiles",
     "compare": "msv.comparison.command",
     "benchmark": "msv.benchmarks.command",
