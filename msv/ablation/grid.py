@@ -22,7 +22,7 @@ GRID_FILE = "grid.yaml"
 _GRID_FILE_KEYS = frozenset({"name", "recipe", "baseline", "command", "toggles", "cells"})
 # What `results/` and a grid's own folder hold beside grids and cells.
 RESERVED_GRIDS = frozenset({"measured", "benchmarks", "comparison", "counted", "readme.md", "report.html", "study.md"})
-RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_flops.png"})
+RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_flops.png", "training_curves.png"})
 _HASH = re.compile(r"[0-9a-f]{8}")
 # A run of the shipped networks keeps a checkpoint of up to ~100 MB, and writes the next before it drops the last.
 MIN_FREE_BYTES = 200_000_000
