@@ -8,6 +8,7 @@ COMMANDS = {
     "keep": "msv.publishing.keep",
     "pack": "msv.publishing.pack",
     "unpack": "msv.publishing.unpack",
+    "report": "msv.report.command",
     "profile": "msv.ablation.profiles",
     "compare": "msv.comparison.command",
     "benchmark": "msv.benchmarks.command",
