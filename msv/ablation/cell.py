@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from msv.ablation.hparams import write_hparams
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.experiment import LAST, ExperimentCLI
 from msv.models.checkpoint_file import read_checkpoint
@@ -86,6 +87,7 @@ def _run_locked(folder: Path) -> int:
         record = update_record(folder, status="running", error=None, env=_no_device_yet())
         results = _train(folder)
         timing = {**record["timing"], **results.pop("timing"), "finished": now()}
+        write_hparams(folder, {**record, **results, "timing": timing})
         update_record(folder, status="done", timing=timing, **results)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes a SystemExit of both signals
         update_record(folder, status="unfinished")
