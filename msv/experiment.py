@@ -37,7 +37,8 @@ LAST = "last.ckpt"
 DEFAULT_RECIPE = Path("recipes/digits.yaml")
 DESCRIPTION = (
     "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
-    "these: tables (make them again from records), keep (publish finished runs), profile (parameters and FLOPs), "
+    "these: tables (make them again from records), keep (publish finished runs), report (what is published as a page), "
+    "pack and unpack (finished runs, for another machine), profile (parameters and FLOPs), "
     "compare (the paper's systems side by side), benchmark (time the scan and networks), convert (published weights "
     "for timm), export (a network for torch.export or ONNX); each has its own --help."
 )
