@@ -176,8 +176,9 @@ def _end(console: Console, job: Job, tally: Tally) -> None:
         tally.done += 1
         tally.seconds += job.seconds
         tally.timed += 1
-        top1 = 100 * record["metrics"]["test_top1"]
-        console.print(f"{name} done in {duration(job.seconds)}: test top-1 {top1:.2f}%")
+        top1 = record["metrics"].get("test_top1")
+        tested = "" if top1 is None else f": test top-1 {100 * top1:.2f}%"
+        console.print(f"{name} done in {duration(job.seconds)}{tested}")
     else:
         tally.failed += 1
         console.print(f"{name} {record['status']}: {record['error']}", style="red", markup=False)
