@@ -6,6 +6,9 @@ from importlib import import_module
 COMMANDS = {
     "tables": ("msv.publishing.command", "make tables again from records"),
     "keep": ("msv.publishing.keep", "publish finished runs"),
+    "pack": ("msv.publishing.pack", "finished runs in one file, for another machine"),
+    "unpack": ("msv.publishing.unpack", "and out of it again"),
+    "report": ("msv.report.command", "what is published as one page"),
     "profile": ("msv.ablation.profiles", "parameters and FLOPs"),
     "compare": ("msv.comparison.command", "the paper's systems side by side"),
     "goldens": ("msv.publishing.goldens", "differences from the published model's numbers"),

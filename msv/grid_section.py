@@ -25,6 +25,8 @@ class Grid:
         dry_run: print the cells and their commands, and train nothing.
         test: whether a run ends with the test split. False ends it with the validation split, to choose by: such runs
             are others than tested ones, and their tables show val top-1.
+        workers: how many runs train side by side, each in a process of its own, on the one GPU or the CPU; torch's
+            threads are shared out among them, unless OMP_NUM_THREADS is set. Not with several devices.
         only: names of the only cells to run now, for job arrays; the grid and its table stay whole.
     """
 
@@ -40,4 +42,5 @@ class Grid:
     rerun: Literal["failed", "all", "none"] = "failed"
     dry_run: bool = False
     test: bool = True
+    workers: int = 1
     only: list[str] = field(default_factory=list)

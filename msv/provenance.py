@@ -37,6 +37,28 @@ def environment(device: Literal["auto", "cpu", "cuda"] = "auto") -> dict[str, st
     }
 
 
+def device_name(accelerator: str = "auto") -> str | None:
+    """The device on which a training would run, as `environment` names it, without starting CUDA in this process.
+
+    Args:
+        accelerator: as Lightning's Trainer takes it; "auto" is a GPU where there is one.
+
+    Returns:
+        None where there is no such device, or where GPUs differ.
+    """
+    if accelerator == "cpu":
+        return _cpu_name()
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+        names = {line.strip() for line in done.stdout.splitlines() if line.strip()} if done.returncode == 0 else set()
+    except (OSError, subprocess.TimeoutExpired):
+        names = set()
+    if names:
+        return names.pop() if len(names) == 1 else None
+    return _cpu_name() if accelerator == "auto" else None
+
+
 def commit(repo_root: Path | None = None) -> str:
     """The commit that is running: from git, else from the variable ``MSV_COMMIT``, else "unknown".
 

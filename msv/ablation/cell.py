@@ -1,5 +1,6 @@
 """One run, in a process of its own: train, test or validate, and leave a record."""
 
+import io
 import logging
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import threading
 import time
 import traceback
 from datetime import datetime, timezone
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from msv.ablation.hparams import write_hparams
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 from msv.experiment import LAST, ExperimentCLI
 from msv.models.checkpoint_file import read_checkpoint
@@ -32,6 +34,8 @@ CONFIG_NAME = "config.yaml"
 ERROR_LOG = "error.log"
 # Exit statuses of a run's process.
 DONE, FAILED, LOCKED, STOPPED = 0, 1, 75, 130
+# Where one of these is set, somebody has said how many threads each process has.
+_THREAD_VARIABLES = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS"})
 
 
 def run_lock(folder: Path) -> FileLock:
@@ -83,6 +87,7 @@ def _run_locked(folder: Path) -> int:
         record = update_record(folder, status="running", error=None, env=_no_device_yet())
         results = _train(folder)
         timing = {**record["timing"], **results.pop("timing"), "finished": now()}
+        write_hparams(folder, {**record, **results, "timing": timing})
         update_record(folder, status="done", timing=timing, **results)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes a SystemExit of both signals
         update_record(folder, status="unfinished")
@@ -198,10 +203,20 @@ def _counts(model: Any, data: Any) -> dict[str, Any]:
     return {**counts, "image_size": data.image_size, "in_chans": data.in_chans, "num_classes": data.num_classes}
 
 
-def child_main(folder: str, cli_path: str) -> None:
-    """What the runner starts: `run_cell`, ending with its parent and deaf to the Ctrl-C that the parent answers."""
+def child_main(folder: str, cli_path: str, output: Connection | None = None, workers: int = 1) -> None:
+    """What the runner starts: `run_cell`, ending with its parent and deaf to the Ctrl-C that the parent answers.
+
+    Args:
+        folder: of the run.
+        cli_path: the script that Lightning starts again for the other processes of DDP.
+        output: takes all that is printed; None leaves it where the parent's goes.
+        workers: how many such processes share this machine, and so its threads.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
+    if output is not None:
+        _print_to(output)
+    share_threads(workers)
     # Lightning starts the other processes of DDP by running these words again.
     sys.argv = [cli_path, "cell", folder]
     sys.exit(run_cell(Path(folder)))
@@ -226,6 +241,22 @@ def main(argv: list[str]) -> int:
     if status == LOCKED:
         raise ValueError(f"{folder}: another process works on this run; wait for it or stop it")
     return status
+
+
+def share_threads(workers: int) -> None:
+    """Take this process's share of the threads that torch would use alone, unless a variable says how many."""
+    if workers > 1 and not _THREAD_VARIABLES & os.environ.keys():
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def _print_to(output: Connection) -> None:
+    """Let all that this process prints, be it from C, go into a pipe, line by line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(output.fileno(), stream.fileno())
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    output.close()
 
 
 def _end_with_parent() -> None:

@@ -35,16 +35,17 @@ def resolve_all(cli: ExperimentCLI, grid: Grid) -> list[Run]:
     return resolve_runs(grid, base, lambda config: parse_experiment(cli, config))
 
 
-def check_runs(runs: Sequence[Run], fresh: bool) -> None:
+def check_runs(runs: Sequence[Run], fresh: bool, workers: int = 1) -> None:
     """Build the objects of every different config, and read what earlier runs left, without training.
 
     Args:
         runs: the runs to come.
         fresh: whether earlier runs are moved aside, so that what they left does not matter.
+        workers: how many of them train side by side.
 
     Raises:
         ValueError: names every cell with something wrong: data, network, image size, device, schedule, a damaged
-            record or checkpoint.
+            record or checkpoint, several devices beside several workers.
     """
     problems: dict[str, str] = {}
     known: dict[str, str | None] = {}
@@ -52,7 +53,7 @@ def check_runs(runs: Sequence[Run], fresh: bool) -> None:
     for run in runs:
         key = json.dumps({**run.config, "seed_everything": 0}, sort_keys=True, default=str)
         if key not in known:
-            known[key] = _problem(run.config, checked)
+            known[key] = _problem(run.config, checked, workers)
         found = known[key] or (None if fresh else _leftover_problem(run))
         if found:
             problems[run.cell.name] = found
@@ -110,11 +111,16 @@ def _data_now(config: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _problem(config: dict[str, Any], checked: set[str]) -> str | None:
+def _problem(config: dict[str, Any], checked: set[str], workers: int) -> str | None:
     """What is wrong with a config; ``checked`` holds the data sections whose files have been looked at."""
     try:
         cli = ExperimentCLI(args={**config, "trainer": {**config["trainer"], "logger": False}}, run=False)
         data, model = cli.datamodule, cli.model
+        if workers > 1 and cli.trainer.world_size > 1:
+            raise ValueError(
+                f"grid.workers={workers} and {cli.trainer.world_size} devices a run (trainer.devices, "
+                "trainer.num_nodes): runs side by side share one device; set one of them to 1"
+            )
         section = json.dumps(config["data"], sort_keys=True, default=str)
         if section not in checked:
             data.check()

@@ -21,8 +21,8 @@ from msv.grid_section import Grid
 GRID_FILE = "grid.yaml"
 _GRID_FILE_KEYS = frozenset({"name", "recipe", "baseline", "command", "toggles", "cells"})
 # What `results/` and a grid's own folder hold beside grids and cells.
-_RESERVED_GRIDS = frozenset({"measured", "benchmarks", "comparison", "counted", "readme.md"})
-_RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_flops.png"})
+RESERVED_GRIDS = frozenset({"measured", "benchmarks", "comparison", "counted", "readme.md", "report.html", "study.md"})
+RESERVED_CELLS = frozenset({GRID_FILE, "table.csv", "table.md", "accuracy_vs_flops.png", "training_curves.png"})
 _HASH = re.compile(r"[0-9a-f]{8}")
 # A run of the shipped networks keeps a checkpoint of up to ~100 MB, and writes the next before it drops the last.
 MIN_FREE_BYTES = 200_000_000
@@ -64,7 +64,7 @@ def expand(grid: Grid) -> list[Cell]:
             folder name, a baseline, ``only``, ``against`` or group that names no cell, a cell in two groups or against
             itself, a key that a grid cannot set.
     """
-    check_name("grid.name", grid.name, reserved=_RESERVED_GRIDS)
+    check_name("grid.name", grid.name, reserved=RESERVED_GRIDS)
     if grid.recipe is not None:
         check_name("grid.recipe", grid.recipe)
     if not grid.axes and not grid.cells:
@@ -72,6 +72,8 @@ def expand(grid: Grid) -> list[Cell]:
             f"grid {grid.name!r} is empty; give it `axes` (key: [values]) or `cells` (name: {{key: value}})"
         )
     _check_seeds(grid.seeds)
+    if grid.workers < 1:
+        raise ValueError(f"grid.workers is {grid.workers}; expected how many runs train side by side, from 1 up")
     for key, values in grid.axes.items():
         _check_axis(key, values)
     short = toggle_names([*grid.axes, *(key for overrides in grid.cells.values() for key in overrides)])
@@ -348,7 +350,7 @@ def _check_table(grid: Grid, cells: Iterable[str]) -> None:
 def _add_cell(
     cells: dict[str, Cell], name: str, overrides: Mapping[str, Any], short: Mapping[str, str], section: str
 ) -> None:
-    check_name(f"cell name (grid.{section})", name, reserved=_RESERVED_CELLS)
+    check_name(f"cell name (grid.{section})", name, reserved=RESERVED_CELLS)
     clash = next((other for other in cells if other.lower() == name.lower()), None)
     if clash is not None:
         raise ValueError(

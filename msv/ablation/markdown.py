@@ -29,7 +29,7 @@ def render_markdown(table: Table) -> str:
     """The whole page. The paper's numbers have columns of their own, in italics, and never a place in a mean."""
     parts = [
         f"# {table.name} · {table.recipe}",
-        "\n".join(f"- **{label}**: {text}" for label, text in _head(table)),
+        "\n".join(f"- **{label}**: {text}" for label, text in table_head(table)),
         _body(table),
         _errors(table),
         _trained(table),
@@ -74,7 +74,8 @@ def commands_elsewhere(records: Iterable[Record]) -> list[str]:
     return commands
 
 
-def _head(table: Table) -> list[tuple[str, str]]:
+def table_head(table: Table) -> list[tuple[str, str]]:
+    """What a table's numbers are, stand on and were measured by: label and Markdown text of each line."""
     every = [(cell, record) for cell, runs in table.records.items() for record in runs.values() if record is not None]
     # What the numbers stand on are the finished runs; before there is one, the others say what is under way.
     used = [(cell, record) for cell, record in every if record["status"] == "done"] or every
@@ -157,10 +158,10 @@ def _rows(table: Table, rows: Sequence[Row]) -> str:
         values = [f"{row.cell} (baseline)" if row.cell == table.baseline else row.cell]
         values += [format_value(row.toggles[name]) if name in row.toggles else NONE for name in table.toggles]
         values += [row.status, fixed(row.params_m, 3), fixed(row.gflops_fvcore, 3)]
-        values += [fixed(row.params_trained_m, 3), fixed(row.gflops_trained, 4), _top1(row), str(row.n)]
+        values += [fixed(row.params_trained_m, 3), fixed(row.gflops_trained, 4), top1_text(row), str(row.n)]
         values += [row.against or NONE] if _has_own_references(table) else []
         if delta:
-            values += [_delta(row), NONE if row.differs is None else "yes" if row.differs else "no"]
+            values += [delta_text(row), NONE if row.differs is None else "yes" if row.differs else "no"]
         if paper:
             printed = row.paper
             numbers = [(printed.params_m, 1), (printed.gflops, 2), (printed.top1, 1)] if printed else []
@@ -297,14 +298,16 @@ def fixed(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _top1(row: Row) -> str:
+def top1_text(row: Row) -> str:
+    """A row's mean top-1 in percent, with the standard deviation over its seeds."""
     if row.top1_mean is None:
         return NONE
     spread = "" if row.top1_std is None else f" ± {row.top1_std:.2f}"
     return f"{row.top1_mean:.2f}{spread}"
 
 
-def _delta(row: Row) -> str:
+def delta_text(row: Row) -> str:
+    """A row's difference in points, with its confidence interval."""
     difference = row.difference
     if difference is None:
         return NONE

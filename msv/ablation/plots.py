@@ -2,12 +2,15 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from msv.ablation.rows import Row, Table
+
+Picture = Literal["png", "svg"]
 
 # Where a label may stand beside its point, in points of the page: (x, y, horizontal, vertical alignment).
 _PLACES = [
@@ -47,25 +50,40 @@ class Point:
     colour: str = "black"
 
 
-def plot_accuracy(table: Table) -> bytes | None:
+@contextmanager
+def drawing(size: tuple[float, float], kind: Picture) -> Iterator[tuple[Any, io.BytesIO]]:
+    """A figure to draw on, and the buffer that has the picture of it afterwards.
+
+    Args:
+        size: width and height in inches.
+        kind: of the picture, which has no date in it and nothing of a user's matplotlibrc: the same drawing gives the
+            same bytes. An SVG's letters are paths, which look alike everywhere.
+    """
+    from matplotlib import rc_context, style  # heavy, and a table without a finished run needs none of it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out = io.BytesIO()
+    with style.context("default"), rc_context({"svg.hashsalt": "msv"}):
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, out
+        metadata = {"Software": None} if kind == "png" else {"Creator": None, "Date": None}
+        figure.savefig(out, format=kind, metadata=metadata)
+
+
+def plot_accuracy(table: Table, kind: Picture = "png") -> bytes | None:
     """Plot the measured top-1 of each cell against its FLOPs as trained.
 
     The paper's numbers are not in it: they are of other data or another schedule.
 
     Returns:
-        A PNG without a date, so that the same table gives the same bytes; None where no cell is finished.
+        A picture without a date, so that the same table gives the same bytes; None where no cell is finished.
     """
     rows = [row for row in table.rows if row.top1_mean is not None and row.gflops_trained is not None]
     if not rows:
         return None
-    from matplotlib import style  # heavy, and a table without a finished run needs none of it
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A user's matplotlibrc would change the bytes.
-    with style.context("default"):
-        figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing((7.2, 4.6), kind) as (figure, out):
         axes = figure.add_subplot()
         for row in rows:
             _draw(axes, row, baseline=row.cell == table.baseline)
@@ -89,8 +107,6 @@ def plot_accuracy(table: Table) -> bytes | None:
                 for row in rows
             ],
         )
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 

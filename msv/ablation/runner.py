@@ -1,16 +1,16 @@
-"""Carries out a grid: every cell is checked before the first trains, then each trains in a fresh process."""
+"""Carries out a grid: every cell is checked before the first trains, then each trains in a fresh process.
+
+Runs start in the grid's order; with several workers the next one starts as soon as one has ended.
+"""
 
 import logging
-import multiprocessing
-import os
+import math
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from rich.console import Console
 
 from msv.ablation import cell as cell_process
 from msv.ablation.check import check_runs, check_same_data, resolve_all
+from msv.ablation.cost import duration, estimate, told
 from msv.ablation.grid import Run, check_results_root, grid_folder, selected, write_grid_file
 from msv.ablation.records import RECORD_NAME, judged_by, read_record, write_record
 from msv.ablation.tables import make_table
 from msv.ablation.twins import find_twins, take_over
+from msv.ablation.workers import Job, Workers
 from msv.experiment import LAST, ExperimentCLI
 from msv.files import write_atomic
 from msv.grid_section import Grid
@@ -31,8 +33,6 @@ from msv.grid_section import Grid
 log = logging.getLogger(__name__)
 
 STOPPED = cell_process.STOPPED
-# Seconds that a run's process gets to end by itself; its checkpoint is written atomically, so no harm if it does not.
-GRACE = 5.0
 
 
 class Stopped(BaseException):
@@ -41,9 +41,11 @@ class Stopped(BaseException):
 
 @dataclass
 class Tally:
-    """How many runs are what, and how long one takes."""
+    """How many runs are what, and how long one takes where so many train side by side."""
 
     total: int
+    workers: int = 1
+    running: int = 0
     done: int = 0
     failed: int = 0
     skipped: int = 0
@@ -53,13 +55,14 @@ class Tally:
     @property
     def left(self) -> int:
         """Runs that have not been looked at."""
-        return self.total - self.done - self.failed - self.skipped
+        return self.total - self.running - self.done - self.failed - self.skipped
 
-    def estimate(self, runs: int) -> str:
-        """What ``runs`` more runs will take, going by those that finished."""
+    def estimate(self) -> str:
+        """What those that run and those that are left will take, going by those that finished."""
         if not self.timed:
             return "no estimate yet"
-        return f"about {duration(self.seconds / self.timed * runs)} to go"
+        rounds = math.ceil((self.running + self.left) / self.workers)
+        return f"about {duration(self.seconds / self.timed * rounds)} to go"
 
 
 def run_grid(cli: ExperimentCLI) -> int:
@@ -77,36 +80,47 @@ def run_grid(cli: ExperimentCLI) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not grid.dry_run:
         check_results_root(Path(grid.results))
-        _start_forkserver()  # it imports while the cells are checked
+        Workers.prepare()
     runs = resolve_all(cli, grid)
     chosen = selected(grid, runs)
     if grid.dry_run:
         for number, run in enumerate(chosen, start=1):
             console.print(f"cell {number}/{len(chosen)} {title(run)} ({_state(run)}) in {run.folder}")
             console.print(f"  {cell_command(cli.words, run)}", style="dim")
+        _tell_cost(console, grid, [run for run in chosen if _is_due(grid, run)])
         return 0
     todo = [run for run in chosen if _is_due(grid, run)]
-    check_runs(todo, fresh=grid.rerun == "all")
+    check_runs(todo, fresh=grid.rerun == "all", workers=grid.workers)
     if grid.rerun != "all":
         check_same_data([run for run in chosen if (run.folder / RECORD_NAME).is_file()])
     twins = {} if grid.rerun == "all" else find_twins(todo)
+    _tell_cost(console, grid, [run for run in todo if run.folder not in twins])
     folder = grid_folder(grid, chosen[0].recipe)
     write_grid_file(grid, runs, command(cli.words))
 
-    tally = Tally(len(chosen))
+    tally = Tally(len(chosen), grid.workers)
+    workers = Workers(grid.workers, lambda run, line: console.print(f"{title(run)}: {line}", markup=False))
     previous = {sign: signal.signal(sign, _raise_stopped) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for number, run in enumerate(chosen, start=1):
-            if run in todo:
-                _run_one(console, cli, grid, run, number, tally, twins.get(run.folder))
-                _write_table(console, folder)
-            else:
+            if run not in todo:
                 _skip(console, run, number, tally)
+            elif _begin(console, cli, grid, run, number, tally, twins.get(run.folder)):
+                workers.start(run, number)
+            while workers.full:
+                _end(console, workers.next_ended(), tally)
+                _write_table(console, folder)
+        while workers.jobs:
+            _end(console, workers.next_ended(), tally)
+            _write_table(console, folder)
     except Stopped:
+        _stop(workers)
         _write_table(console, folder)
         console.print(f"stopped with {tally.done} of {tally.total} done; to go on, run again: {command(cli.words)}")
         return STOPPED
     finally:
+        if workers.jobs:  # an error of ours, such as a full disk
+            _stop(workers)
         for sign, handler in previous.items():
             signal.signal(sign, handler)
     _write_table(console, folder)  # also where no run was due: the baseline or the cells may be others by now
@@ -114,88 +128,75 @@ def run_grid(cli: ExperimentCLI) -> int:
     return 1 if tally.failed else 0
 
 
-def _run_one(
+def _tell_cost(console: Console, grid: Grid, runs: Sequence[Run]) -> None:
+    for line in told(estimate(runs, grid.workers), runs, grid.workers):
+        console.print(line, markup=False)
+
+
+def _begin(
     console: Console, cli: ExperimentCLI, grid: Grid, run: Run, number: int, tally: Tally, twin: Path | None
-) -> None:
+) -> bool:
+    """Make a run ready for its process; whether there is anything left for one to do."""
     try:
         with cell_process.run_lock(_made(run.folder.parent) / run.folder.name).acquire(timeout=0):
             if grid.rerun != "all" and _state(run) == "done":  # another process finished it meanwhile
                 _skip(console, run, number, tally)
-                return
+                return False
             if grid.rerun == "all" and run.folder.exists():
                 run.folder.rename(_old_name(run.folder))
             if twin is not None and not run.folder.exists():
                 trained_as = take_over(run, twin)
                 console.print(f"cell {number}/{tally.total} {title(run)}: taken over, trained as {trained_as}")
                 tally.done += 1
-                return
+                return False
             resumed = (run.folder / LAST).is_file()
-            _prepare(cli, run)
+            _prepare(cli, run, grid.workers)
     except Timeout:
-        console.print(f"cell {number}/{tally.total} {title(run)}: running elsewhere, left to that process")
-        tally.skipped += 1
-        return
-    verb = "goes on" if resumed else "starts"
+        _leave(console, run, number, tally)
+        return False
+    tally.running += 1
     console.print(
-        f"cell {number}/{tally.total} {title(run)} {verb}: {tally.done} done, 1 running, {tally.failed} failed, "
-        f"{tally.left - 1} left, {tally.estimate(tally.left)}",
+        f"cell {number}/{tally.total} {title(run)} {'goes on' if resumed else 'starts'}: {tally.done} done, "
+        f"{tally.running} running, {tally.failed} failed, {tally.left} left, {tally.estimate()}",
         style="bold",
     )
-    begin = time.monotonic()
-    status = _wait_for(_start(run), run)
+    return True
+
+
+def _end(console: Console, job: Job, tally: Tally) -> None:
+    """Say what came of a run whose process has ended."""
+    run, status = job.run, job.process.exitcode or 0
+    tally.running -= 1
     if status == cell_process.LOCKED:
-        console.print(f"cell {number}/{tally.total} {title(run)}: running elsewhere, left to that process")
-        tally.skipped += 1
+        _leave(console, run, job.number, tally)
         return
     record = _settle(run, status)
+    name = f"cell {job.number}/{tally.total} {title(run)}"
     if record["status"] == "done":
         tally.done += 1
-        tally.seconds += time.monotonic() - begin
+        tally.seconds += job.seconds
         tally.timed += 1
-        took = duration(time.monotonic() - begin)
         split = judged_by(run.tested)
-        console.print(f"  done in {took}: {split} top-1 {100 * record['metrics'][f'{split}_top1']:.2f}%")
+        top1 = record["metrics"][f"{split}_top1"]
+        console.print(f"{name} done in {duration(job.seconds)}: {split} top-1 {100 * top1:.2f}%")
     else:
         tally.failed += 1
-        console.print(f"  {record['status']}: {record['error']}", style="red", markup=False)
+        console.print(f"{name} {record['status']}: {record['error']}", style="red", markup=False)
         console.print(f"  in {run.folder}")
 
 
-def _start_forkserver() -> None:
-    # Asking whether there is a GPU must not start CUDA in the process that all runs are forked from.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["msv.ablation.cell"])
-    from multiprocessing import forkserver
-
-    forkserver.ensure_running()
+def _leave(console: Console, run: Run, number: int, tally: Tally) -> None:
+    console.print(f"cell {number}/{tally.total} {title(run)}: running elsewhere, left to that process")
+    tally.skipped += 1
 
 
-def _start(run: Run) -> ForkServerProcess:
-    context = multiprocessing.get_context("forkserver")
-    script = Path(cell_process.__file__).parents[2] / "cli.py"
-    process = context.Process(target=cell_process.child_main, args=(str(run.folder), str(script)))
-    process.start()
-    return process
-
-
-def _wait_for(process: ForkServerProcess, run: Run) -> int:
-    """The exit status of a run's process, which is ended if we are asked to stop."""
-    try:
-        process.join()
-    except Stopped:
-        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sign, signal.SIG_IGN)
-        process.terminate()
-        process.join(GRACE)
-        if process.is_alive():
-            process.kill()
-            process.join()
+def _stop(workers: Workers) -> None:
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_IGN)
+    for job in workers.stop():
         with suppress(OSError, ValueError):
-            if read_record(run.folder / RECORD_NAME)["status"] == "running":
-                cell_process.update_record(run.folder, status="unfinished")
-        raise
-    return process.exitcode or 0
+            if read_record(job.run.folder / RECORD_NAME)["status"] == "running":
+                cell_process.update_record(job.run.folder, status="unfinished")
 
 
 def _settle(run: Run, status: int) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def _settle(run: Run, status: int) -> dict[str, Any]:
     return cell_process.update_record(run.folder, status="failed", error=f"{reason}; run again to go on from {LAST}")
 
 
-def _prepare(cli: ExperimentCLI, run: Run) -> None:
+def _prepare(cli: ExperimentCLI, run: Run, workers: int) -> None:
     """Write what the run's process reads: its config and the part of its record that is known beforehand."""
     write_atomic(run.folder / cell_process.CONFIG_NAME, yaml.safe_dump(run.config, sort_keys=False))
     path = run.folder / RECORD_NAME
@@ -234,7 +235,10 @@ def _prepare(cli: ExperimentCLI, run: Run) -> None:
         "env": {},
         **({} if run.tested else {"tested": False}),
     }
-    write_record(path, {**fresh, **known, "status": "running", "command": cell_command(cli.words, run), "error": None})
+    record = {**fresh, **known, "status": "running", "command": cell_command(cli.words, run), "error": None}
+    # A speed says little without how many runs had the device.
+    record["timing"] = {**record["timing"], "workers": workers}
+    write_record(path, record)
 
 
 def _state(run: Run) -> str:
@@ -323,14 +327,5 @@ def command(words: Sequence[str], without: Sequence[str] = ("rerun", "dry_run", 
 
 def cell_command(words: Sequence[str], run: Run) -> str:
     """The command that makes one run of a grid again."""
-    base = command(words, without=("rerun", "dry_run", "only", "seeds"))
+    base = command(words, without=("rerun", "dry_run", "only", "seeds", "workers"))
     return f"{base} --grid.only '[\"{run.cell.name}\"]' --grid.seeds '[{run.seed}]'"
-
-
-def duration(seconds: float) -> str:
-    """A time span to read."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

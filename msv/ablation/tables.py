@@ -1,4 +1,4 @@
-"""Tables of a grid, made from its records alone: `table.csv`, `table.md` and a plot of accuracy against FLOPs.
+"""Tables of a grid, made from its records alone: `table.csv`, `table.md` and two plots.
 
 Nothing here knows of the clock or of a run's memory: the same records give the same bytes.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msv.ablation.curves import plot_curves
 from msv.ablation.grid import read_grid_file, run_folder
 from msv.ablation.markdown import render_markdown
 from msv.ablation.names import acting, format_value
@@ -23,17 +24,24 @@ from msv.ablation.statistics import holm, mean, paired_difference, sample_std
 from msv.files import write_atomic
 
 PLOT_NAME = "accuracy_vs_flops.png"
+CURVES_NAME = "training_curves.png"
 # The order in which a cell of several seeds names their states.
 _STATES = ("done", "running", "unfinished", "failed", "missing")
 
 
 @dataclass(frozen=True)
 class TablePaths:
-    """The files of a table; no plot where no run is done."""
+    """The files of a table; no plots where no run is done."""
 
     csv: Path
     markdown: Path
     plot: Path | None
+    curves: Path | None
+
+    @property
+    def written(self) -> list[Path]:
+        """Those that there are."""
+        return [path for path in (self.csv, self.markdown, self.plot, self.curves) if path is not None]
 
 
 def make_table(folder: Path) -> TablePaths:
@@ -49,16 +57,20 @@ def make_table(folder: Path) -> TablePaths:
     """
     folder = Path(folder)
     table = load_table(folder)
-    paths = TablePaths(folder / "table.csv", folder / "table.md", None)
-    write_atomic(paths.csv, render_csv(table))
-    write_atomic(paths.markdown, render_markdown(table))
-    plot = plot_accuracy(table)
+    csv, markdown = folder / "table.csv", folder / "table.md"
+    write_atomic(csv, render_csv(table))
+    write_atomic(markdown, render_markdown(table))
+    plot = _write_plot(folder / PLOT_NAME, plot_accuracy(table))
+    return TablePaths(csv, markdown, plot, _write_plot(folder / CURVES_NAME, plot_curves(table)))
+
+
+def _write_plot(path: Path, plot: bytes | None) -> Path | None:
     if plot is None:
         # A plot of runs that are current no more would contradict the table beside it.
-        (folder / PLOT_NAME).unlink(missing_ok=True)
-        return paths
-    write_atomic(folder / PLOT_NAME, plot)
-    return TablePaths(paths.csv, paths.markdown, folder / PLOT_NAME)
+        path.unlink(missing_ok=True)
+        return None
+    write_atomic(path, plot)
+    return path
 
 
 def load_table(folder: Path) -> Table:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msv.ablation.check import DataNow
 from msv.ablation.grid import Run
+from msv.ablation.hparams import SUFFIX, write_hparams
 from msv.ablation.records import RECORD_NAME, read_record, write_record
 
 
@@ -55,10 +56,11 @@ def take_over(run: Run, twin: Path) -> str:
     trained_as = record.get("trained_as") or f"{record['grid']}/{record['recipe']}/{record['cell']}"
     temporary = run.folder.with_name(f".{run.folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        shutil.copytree(twin, temporary, copy_function=_link)
+        shutil.copytree(twin, temporary, copy_function=_link, ignore=shutil.ignore_patterns(f"*{SUFFIX}"))
         own = {"grid": run.grid, "recipe": run.recipe, "cell": run.cell.name, "toggles": run.cell.toggles}
         # A new file in the link's place: the twin keeps its own record.
         write_record(temporary / RECORD_NAME, {**record, **own, "trained_as": trained_as})
+        write_hparams(temporary, {**record, **own})
         temporary.rename(run.folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

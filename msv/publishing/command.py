@@ -56,9 +56,8 @@ def main(argv: Sequence[str]) -> int:
             problems.append(str(error))
             continue
         console.print(paths.markdown.read_text(encoding="utf-8"))
-        for path in (paths.csv, paths.markdown, paths.plot):
-            if path is not None:
-                console.print(f"wrote {path}")
+        for path in paths.written:
+            console.print(f"wrote {path}")
     if problems:
         raise ValueError("; ".join(problems))
     return 0

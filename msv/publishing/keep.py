@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from safetensors import safe_open
 
 from msv.ablation.cell import CONFIG_NAME
-from msv.ablation.config import config_hash
+from msv.ablation.config import config_hash, nearest
 from msv.ablation.grid import GRID_FILE, read_grid_file, run_folder, with_seed
 from msv.ablation.records import RECORD_NAME, read_record
 from msv.ablation.tables import current_record, make_table
@@ -26,6 +27,7 @@ from msv.files import write_atomic
 from msv.publishing.chosen import add_grid_option, grid_folders
 from msv.publishing.guard import commit_problem
 from msv.publishing.index import MEASURED, write_index
+from msv.publishing.weights import MOST_BYTES, WEIGHTS_NAME, create_call, half_weights
 
 EPOCHS_NAME = "epochs.csv"
 
@@ -43,6 +45,7 @@ class Kept:
         new: how many of them it did not hold before.
         unfinished: runs that were left out because they are not done.
         refused: runs that were left out because of their record, each with the reason.
+        weights: for each file of weights that it holds, the call of timm that makes the network.
     """
 
     folder: Path
@@ -50,9 +53,10 @@ class Kept:
     new: int
     unfinished: list[str]
     refused: list[str]
+    weights: list[str]
 
 
-def keep_grid(folder: Path, measured: Path, replace: bool = False) -> Kept:
+def keep_grid(folder: Path, measured: Path, replace: bool = False, weights: Sequence[str] = ()) -> Kept:
     """Publish the finished current runs of a grid: records, configs, metrics of every epoch, tables.
 
     What is published already stays if it belongs to the same cells and configurations, so seeds may come in portions.
@@ -62,9 +66,12 @@ def keep_grid(folder: Path, measured: Path, replace: bool = False) -> Kept:
         folder: ``results/<grid>/<recipe>``.
         measured: where published grids live, as ``<recipe>/<grid>``.
         replace: whether what is published may be replaced by something else.
+        weights: cells whose averaged weights are published too, of the first seed that can be; those that are
+            published already stay as long as their run does.
 
     Raises:
-        ValueError: no run can be published; or published runs would be lost or changed and ``replace`` is False.
+        ValueError: no run can be published; or published runs would be lost or changed and ``replace`` is False; or
+            the weights of a cell cannot be kept.
         OSError: something cannot be read or written.
     """
     listed = read_grid_file(folder)
@@ -91,8 +98,36 @@ def keep_grid(folder: Path, measured: Path, replace: bool = False) -> Kept:
             f"{target} holds other records than {folder}: {titles}; to put these in their place give --replace"
         )
     runs = {**{run: path for run, path in before.items() if run not in lost}, **sources}
-    _write(target, listed, runs)
-    return Kept(target, len(runs), len(set(sources) - set(before)), unfinished, refused)
+    kept = {
+        run: (path / WEIGHTS_NAME).read_bytes()
+        for run, path in before.items()
+        if run not in lost and run[0] not in weights and (path / WEIGHTS_NAME).is_file()
+    }
+    kept |= {run: half_weights(sources[run]) for run in _first_seeds(weights, sources, folder)}
+    _write(target, listed, runs, kept)
+    return Kept(target, len(runs), len(set(sources) - set(before)), unfinished, refused, _calls(target, kept))
+
+
+def _first_seeds(cells: Sequence[str], sources: Mapping[Key, Path], folder: Path) -> list[Key]:
+    """The run of each cell whose weights are kept."""
+    found = []
+    for cell in dict.fromkeys(cells):
+        runs = [run for run in sources if run[0] == cell]
+        if not runs:
+            known = nearest(cell, [run[0] for run in sources])
+            raise ValueError(f"--weights {cell}: no finished run of such a cell in {folder}; {known}")
+        found.append(min(runs, key=lambda run: run[1]))
+    return found
+
+
+def _calls(target: Path, kept: Mapping[Key, bytes]) -> list[str]:
+    """What makes the networks of kept weights."""
+    files = [run_folder(target, *run) / WEIGHTS_NAME for run in kept]
+    calls = []
+    for file in files:
+        with safe_open(file, "pt") as content:
+            calls.append(create_call(content.metadata(), file))
+    return calls
 
 
 def unpublishable(record: Mapping[str, Any]) -> str | None:
@@ -132,12 +167,12 @@ def _lost(before: Mapping[Key, Path], sources: Mapping[Key, Path], listed: Mappi
     return lost
 
 
-def _write(target: Path, listed: Mapping[str, Any], runs: Mapping[Key, Path]) -> None:
+def _write(target: Path, listed: Mapping[str, Any], runs: Mapping[Key, Path], weights: Mapping[Key, bytes]) -> None:
     """Make the published folder anew from the folders of its runs, and put it in the old one's place."""
     cells = {name: dict(cell["runs"]) for name, cell in listed["cells"].items()}
     for cell, seed, digest in runs:
         cells[cell][seed] = digest
-    content = {
+    grid = {
         **{key: value for key, value in listed.items() if key != "results"},  # a folder of one's own machine
         "cells": {
             name: {**listed["cells"][name], "runs": dict(sorted(hashes.items()))} for name, hashes in cells.items()
@@ -150,8 +185,10 @@ def _write(target: Path, listed: Mapping[str, Any], runs: Mapping[Key, Path]) ->
         for run, source in runs.items():
             for name in (RECORD_NAME, CONFIG_NAME):
                 write_atomic(run_folder(new, *run) / name, (source / name).read_bytes())
-        write_atomic(new / GRID_FILE, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=10_000))
-        records = [read_record(run_folder(new, *run) / RECORD_NAME) for run in _runs(content) if run in runs]
+        for run, content in weights.items():
+            write_atomic(run_folder(new, *run) / WEIGHTS_NAME, content)
+        write_atomic(new / GRID_FILE, yaml.safe_dump(grid, sort_keys=False, default_flow_style=None, width=10_000))
+        records = [read_record(run_folder(new, *run) / RECORD_NAME) for run in _runs(grid) if run in runs]
         write_atomic(new / EPOCHS_NAME, render_epochs(records))
         make_table(new)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,17 +239,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     parser.add_argument("--to", type=Path, default=Path("results"), help="folder to publish in (default: %(default)s)")
     parser.add_argument("--replace", action="store_true", help="put other records in the place of published ones")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CELL",
+        help="of these cells of --grid also the averaged weights, of one seed each, as float16: "
+        f"{WEIGHTS_NAME} in the run's folder, at most {MOST_BYTES / 2**20:.0f} MiB",
+    )
     arguments = parser.parse_args(argv)
 
+    if arguments.weights and not arguments.grid:
+        raise ValueError("--weights names cells of a grid; say which with --grid NAME or NAME/RECIPE")
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     problems, refused = [], False
     for folder in grid_folders(arguments.results, arguments.grid):
         try:
-            kept = keep_grid(folder, arguments.to / MEASURED, arguments.replace)
+            kept = keep_grid(folder, arguments.to / MEASURED, arguments.replace, arguments.weights)
         except (OSError, ValueError) as error:
             problems.append(str(error))
             continue
         console.print(f"{kept.folder}: {kept.runs} runs, {kept.new} of them new")
+        for call in kept.weights:
+            console.print(f"  weights: {call}")
         for label, runs in (("not finished", kept.unfinished), ("refused", kept.refused)):
             for run in runs:
                 console.print(f"  {label}: {run}")

@@ -50,7 +50,7 @@ def write_all(results: Path) -> Written:
         except (OSError, ValueError) as error:
             problems.append(str(error))
         else:
-            written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
+            written += made.written
     for file in shipped_grids():
         written += write_counts(file, results / COUNTED)
     written += comparison.write_all(results / COMPARED, results / TIMED, _may_be_published)

@@ -69,7 +69,7 @@ def load_network(source: str, model: str | None = None) -> MSVMamba:
         return MSVMamba(**PRESETS[source]).eval()
     if not Path(source).exists():
         raise FileNotFoundError(f"{source} is neither a file of weights nor a preset; {_near(source)}")
-    network = MSVMamba(**_arguments(source, model))
+    network = MSVMamba(**network_arguments(source, model))
     load_pretrained(network, source)
     return network.eval()
 
@@ -110,8 +110,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _arguments(source: str, model: str | None) -> dict[str, Any]:
-    """The arguments of the network that weights are of; the channels and classes are always the weights' own."""
+def network_arguments(source: str, model: str | None = None) -> dict[str, Any]:
+    """The arguments of the network that weights are of; the channels and classes are always the weights' own.
+
+    Args:
+        source: a file of weights, as for `load_network`.
+        model: the preset that they are of; None takes what the file, or the config beside it, says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the weights are of another network, or nothing says of which.
+    """
     content = read_checkpoint(source)
     if is_published(content):
         found = infer_arguments(published_weights(content, "auto", source)[1], source)

@@ -67,6 +67,7 @@ def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", against=No
                 "gflops_fvcore_trained": 0.0151 + 0.002 * full_scans,
             },
             "data": DATA,
+            "history": [{"epoch": epoch, "train_loss": 2.0 - epoch, "val_top1": 0.5} for epoch in range(2)],
             "schedule": {"epochs": 30, "global_batch_size": 64, "lr": 0.001, "precision": "32-true"},
             "env": ENV,
             "error": "ValueError: the loss is nan\nat step 7 | batch" if status == "failed" else None,
@@ -338,7 +339,8 @@ def test_without_baseline_or_printed_numbers_their_columns_go(tmp_path):
 def test_the_same_records_give_the_same_bytes(tmp_path):
     folder = fabricate(tmp_path / "here", {1: [0.70, 0.71], 4: [0.71, "failed"]})
     paths = make_table(folder)
-    files = (paths.csv, paths.markdown, paths.plot)
+    files = paths.written
+    assert [path.name for path in files[2:]] == ["accuracy_vs_flops.png", "training_curves.png"]
     before = [path.read_bytes() for path in files]
     for path in files:
         path.unlink()
@@ -346,7 +348,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     assert [path.read_bytes() for path in files] == before
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     moved = make_table(tmp_path / "there" / "g" / "digits")
-    assert [path.read_bytes() for path in (moved.csv, moved.markdown, moved.plot)] == before
+    assert [path.read_bytes() for path in moved.written] == before
 
 
 def test_only_listed_hashes_count(tmp_path):
@@ -359,7 +361,7 @@ def test_only_listed_hashes_count(tmp_path):
     paths = make_table(folder)
     assert read_csv(folder)[0]["status"] == "missing"
     assert paths.plot is None
-    assert not (folder / "accuracy_vs_flops.png").exists()
+    assert not list(folder.glob("*.png"))
 
 
 def test_a_record_in_another_run_s_folder(tmp_path):

@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from msv.ablation.cell import one_line, run_lock
+from msv.ablation.cost import duration
 from msv.ablation.grid import Cell, Run
-from msv.ablation.runner import command, duration
+from msv.ablation.runner import command
 from msv.ablation.twins import find_twins
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +150,8 @@ def test_a_failing_cell_and_all_that_follows(run, tmp_path):
     assert any(path.name.startswith("events.out") for path in works["folder"].iterdir())
 
     folder = results / "life" / "quick"
-    tables = {name: (folder / name).read_bytes() for name in ("table.csv", "table.md", "accuracy_vs_flops.png")}
+    names = ("table.csv", "table.md", "accuracy_vs_flops.png", "training_curves.png")
+    tables = {name: (folder / name).read_bytes() for name in names}
     for name in tables:
         (folder / name).unlink()
     status, _, _ = run("tables", "--results", str(results))

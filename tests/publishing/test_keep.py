@@ -61,7 +61,7 @@ def test_what_is_published(tmp_path):
     runs = [f"{cell}/seed{s}-{h}" for cell, c in read_grid_file(folder)["cells"].items() for s, h in c["runs"].items()]
     files = tree(kept.folder)
     expected = {f"{run}/{name}" for run in runs for name in ("record.json", "config.yaml")}
-    assert set(files) == expected | {"grid.yaml", "table.csv", "table.md", "epochs.csv"}
+    assert set(files) == expected | {"grid.yaml", "table.csv", "table.md", "epochs.csv", "training_curves.png"}
     for name in expected | {"table.csv"}:
         assert files[name] == (folder / name).read_bytes()
     epochs = list(csv.DictReader((kept.folder / "epochs.csv").read_text().splitlines()))
