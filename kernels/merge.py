@@ -50,8 +50,8 @@ def merge_routes(
         backend: `auto` (Triton on a GPU, parallel on a CPU and in an export), `triton`, `parallel` or `reference`.
 
     Returns:
-        The map (B, H, W, D) in the dtype of the routes, and with `means` its channels' means (B, D), in float32 by
-        `triton`, otherwise in the dtype of the map; else None.
+        The map (B, H, W, D) in the dtype of the routes, and with `means` its channels' means (B, D) in the dtype of
+        the map; else None.
 
     Raises:
         TypeError: an input is complex or not floating point.
@@ -218,7 +218,7 @@ def _(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, 
     for y, summed in ((y_full, True), (y_half, sum_first)):
         kept = keep and summed and y is not None and y.shape[1] > 1
         sums.append(some.new_empty((batch, 1, *y.shape[2:]) if kept else 0))
-    found = some.new_empty((batch, channels) if means else 0, dtype=torch.float32)
+    found = some.new_empty((batch, channels) if means else 0)
     return some.new_empty(batch, height, width, channels), found, *sums
 
 

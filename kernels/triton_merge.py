@@ -543,7 +543,9 @@ def merge_routes(
         half, _, half_sum = _normalise(like, y_half, weight_half, bias_half, None, y_half.shape, eps, each, keep)
     shape = (like.shape[0], 0 if y_full is None else y_full.shape[1], height, width, like.shape[4])
     m, parts, full_sum = _normalise(like, y_full, weight, bias, half, shape, eps, False, keep, means)
-    found = m.new_empty(0, dtype=torch.float32) if parts is None else parts.sum(1) / (height * width)
+    found = m.new_empty(0)
+    if parts is not None:
+        found = torch.div(parts.sum(1), height * width, out=m.new_empty(like.shape[0], like.shape[4]))
     full_sum, half_sum = (m.new_empty(0) if t is None else t for t in (full_sum, half_sum))
     return m, found, full_sum, half_sum
 
@@ -616,7 +618,7 @@ def merge_routes_backward(
     """
     dm = dm.contiguous()
     if dmeans is not None:
-        dmeans = dmeans.contiguous() / (dm.shape[1] * dm.shape[2])
+        dmeans = dmeans.float().contiguous() / (dm.shape[1] * dm.shape[2])  # too little for fp16
     found: list[Tensor] = []
     for y, scale, upsampled in ((full, weight, False), (half, weight_half, True)):
         if y is not None and scale is not None:

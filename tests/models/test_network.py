@@ -130,6 +130,20 @@ def test_backends_agree(make_small, backend):
     torch.testing.assert_close(network(images), make_small()(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_through_triton(make_small, dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for backend, precision in (("triton", dtype), ("reference", torch.float64)):
+        network = make_small(depths=(1, 1, 1, 1), backend=backend).to(device, precision)
+        logits = network(torch.linspace(-2, 2, 3 * 64 * 32, device=device, dtype=precision).view(1, 3, 64, 32).sin())
+        logits.square().sum().backward()
+        assert all(parameter.grad.dtype == logits.dtype == precision for parameter in network.parameters())
+        found.append((logits, torch.cat([parameter.grad.flatten() for parameter in network.parameters()])))
+    for t, exact in zip(*found, strict=True):
+        assert (t - exact).norm() < 0.05 * exact.norm()
+
+
 REFUSED = {
     "full_scans-5": ({"full_scans": 5}, "full_scans is 5; expected 0 to 4"),
     "full_scans-negative": ({"full_scans": -1}, "full_scans is -1; expected 0 to 4"),
