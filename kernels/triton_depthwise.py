@@ -620,7 +620,7 @@ def depthwise_conv_backward(
     again = activation != "none" and convolves_again(size, stride)
     if activation != "none" and not again and pre.numel() == 0:
         pre, _ = depthwise_conv(x, weight, bias, stride, "none", residual, False)
-    g, dx = dy if activation == "none" else torch.empty_like(dy), x.new_empty(x.shape)
+    g, dx = dy if activation == "none" else dy.new_empty(dy.shape), x.new_empty(x.shape)
 
     block = CHANNELS if size <= 3 else CHANNELS // 2  # a lane has room for 10 sums of two channels, or 50 of one
     work = split(x.shape, stride, block, multiprocessors(x.device))

@@ -625,7 +625,7 @@ def merge_routes_backward(
             y = y.contiguous()
             batch, routes, height, width, channels = y.shape
             work = split(batch, height * width, channel_block(channels), multiprocessors(y.device))
-            dy = torch.empty_like(y)
+            dy = y.new_empty(y.shape)
             parts = torch.empty(batch * work.chunks, 2, channels, dtype=torch.float32, device=y.device)
             with torch.cuda.device_of(y):
                 normalise_back[(batch * work.chunks,)](
@@ -652,9 +652,9 @@ def merge_routes_backward(
 
 def gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
     """See `merge.gate`."""
-    m, z = m.contiguous(), with_pixels_in_line(z)
-    out = torch.empty_like(m)
-    work, launch, constants = _gating(m, scale, z)
+    m, (z, pixel) = m.contiguous(), with_pixels_in_line(z)
+    out = m.new_empty(m.shape)
+    work, launch, constants = _gating(m, scale, pixel)
     with torch.cuda.device_of(m):
         gate_map[launch](
             m, m if scale is None else scale.contiguous(), z, out, m.shape[1] * m.shape[2], work.tiles, **constants
@@ -664,9 +664,9 @@ def gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
 
 def gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of m, scale and z; that of scale is empty where there is none."""
-    dout, m, z = dout.contiguous(), m.contiguous(), with_pixels_in_line(z)
-    dm, dz = torch.empty_like(m), z.new_empty(z.shape)
-    work, launch, constants = _gating(m, scale, z)
+    dout, m, (z, pixel) = dout.contiguous(), m.contiguous(), with_pixels_in_line(z)
+    dm, dz = m.new_empty(m.shape), z.new_empty(z.shape)
+    work, launch, constants = _gating(m, scale, pixel)
     parts = m if scale is None else m.new_empty(m.shape[0], work.chunks, m.shape[3], dtype=torch.float32)
     with torch.cuda.device_of(m):
         gate_back[launch](
@@ -684,11 +684,11 @@ def gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> t
     return dm, m.new_empty(0) if scale is None else parts.sum(1).to(scale.dtype), dz
 
 
-def _gating(m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Split, tuple[int], dict[str, int]]:
+def _gating(m: Tensor, scale: Tensor | None, pixel: int) -> tuple[Split, tuple[int], dict[str, int]]:
     batch, height, width, channels = m.shape
     blocks = -(-channels // GATE_CHANNELS)
     work = split(batch * blocks, height * width, GATE_CHANNELS, multiprocessors(m.device))
-    constants = {"PIXEL": z.stride(2), "SCALED": scale is not None, **_constants(work, channels)}
+    constants = {"PIXEL": pixel, "SCALED": scale is not None, **_constants(work, channels)}
     return work, (batch * work.chunks * blocks,), constants
 
 
@@ -696,8 +696,16 @@ def _constants(work: Split, channels: int) -> dict[str, int]:
     return {"D": channels, "P": work.pixels, "BLOCK": work.block, "num_warps": WARPS, "num_stages": 1}
 
 
-def with_pixels_in_line(z: Tensor) -> Tensor:
-    """The map itself where its pixels lie at equal distances, such as half of another map's; otherwise a copy."""
-    _, height, width, _ = z.shape
-    pixel = z.stride(2)
-    return z if z.stride() == (height * width * pixel, width * pixel, pixel, 1) else z.contiguous()
+def with_pixels_in_line(z: Tensor) -> tuple[Tensor, int]:
+    """The map itself where its pixels lie at equal distances, such as half of another map's, otherwise a copy.
+
+    Returns:
+        (map, distance of neighbouring pixels in elements)
+    """
+    *sizes, channels = z.shape
+    steps = (sizes[1] * sizes[2], sizes[2], 1)  # in pixels, from image to image, row to row, column to column
+    # Where there is only one of a dimension, its stride says nothing.
+    apart = [(stride, step) for size, stride, step in zip(sizes, z.stride(), steps, strict=False) if size > 1]
+    pixel = apart[-1][0] if apart else channels
+    in_line = all(stride == step * pixel for stride, step in apart) and (channels == 1 or z.stride(3) == 1)
+    return (z, pixel) if in_line else (z.contiguous(), channels)

@@ -4,6 +4,7 @@ As in `test_triton.py`, kernels run small through Triton's interpreter, and in f
 """
 
 import gc
+import itertools
 import os
 from functools import partial
 from typing import NamedTuple
@@ -236,7 +237,7 @@ def test_half_of_a_map_is_read_where_it_lies(outputs_and_gradients, device, part
     tensors = make_gate((batch, height, width, channels), True, device=device)
     whole = torch.randn(batch, height, width, 2 * channels, device=device)
     half = whole.chunk(2, dim=-1)[part]
-    assert triton_merge.with_pixels_in_line(half) is half
+    assert triton_merge.with_pixels_in_line(half)[0] is half
     expected = outputs_and_gradients(gate, {**tensors, "z": half.contiguous()}, backend=BACKEND)
     assert torch.equal(gate(tensors["m"], tensors["scale"], half, backend=BACKEND), expected[0]["y"])
     leaf, alone = (t.clone().requires_grad_() for t in (whole, half.contiguous()))
@@ -246,19 +247,33 @@ def test_half_of_a_map_is_read_where_it_lies(outputs_and_gradients, device, part
     assert not leaf.grad.chunk(2, dim=-1)[1 - part].any()
 
 
+def copied(t):
+    """With strides of its own also where `contiguous` finds nothing to copy, since there is one of a dimension."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 LAYOUTS = {
-    "channels-first": lambda t: t.movedim(-1, 1).contiguous().movedim(1, -1),
-    "transposed": lambda t: t.transpose(-2, -3).contiguous().transpose(-2, -3),
+    "channels-first": lambda t: copied(t.movedim(-1, 1)).movedim(1, -1),
+    "transposed": lambda t: copied(t.transpose(-2, -3)).transpose(-2, -3),
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view_as(t),
     "expanded": lambda t: t[:1].expand_as(t),
     "cropped": lambda t: F.pad(t, (1, 2, 1, 1, 2, 1))[..., 2:-1, 1:-1, 1:-2],
 }
 
 
-@pytest.mark.parametrize("device, layout", on_devices(LAYOUTS, LAYOUTS))
-def test_layout_does_not_matter(device, layout):
-    operator, tensors = make("1/3", small_shape(device), device=device)
-    tensors |= make_gate(small_shape(device), True, device=device)
+IN_LAYOUTS = [
+    *((layout, "map") for layout in LAYOUTS),
+    *itertools.product(("channels-first", "transposed", "cropped"), ("row", "column")),
+]
+
+
+@pytest.mark.parametrize("device, case", on_devices(IN_LAYOUTS, IN_LAYOUTS))
+def test_layout_does_not_matter(device, case):
+    layout, form = case
+    batch, height, width, channels = small_shape(device)
+    shape = (batch, 1 if form == "row" else height, 1 if form == "column" else width, channels)
+    operator, tensors = make("1/3", shape, device=device)
+    tensors |= make_gate(shape, True, device=device)
 
     def run(change):
         leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
@@ -272,6 +287,17 @@ def test_layout_does_not_matter(device, layout):
         return LAYOUTS[layout](t).contiguous()
 
     assert all(torch.equal(a, b) for a, b in zip(run(LAYOUTS[layout]), run(straight), strict=True))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "half"])
+@pytest.mark.parametrize("sides", [(3, 4), (3, 1), (1, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pixels_are_found_in_line(layout, sides, batch):
+    map = torch.randn(batch, *sides, 6)
+    view = map.chunk(2, dim=-1)[1] if layout == "half" else LAYOUTS[layout](map)
+    z, pixel = triton_merge.with_pixels_in_line(view)
+    assert z is view or layout != "half"
+    assert torch.equal(z.as_strided((z[..., 0].numel(), z.shape[3]), (pixel, 1)), view.flatten(0, 2))
 
 
 # Bits.
