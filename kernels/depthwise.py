@@ -92,13 +92,14 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: 
 def parallel(x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: str, residual: bool) -> Tensor:
     """The same by torch's convolution."""
     size, channels = weight.shape[2], x.shape[3]
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_exporting()
-    if on_cpu and x.dtype == torch.bfloat16 and x.shape[1:3].numel() == 1:
-        # Only the centre sees the one pixel; for the other weights oneDNN returns gradients of whatever memory holds.
-        y = x * weight[:, 0, size // 2, size // 2] + bias
-    else:
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2, groups=channels).permute(0, 2, 3, 1)
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_exporting():
+        reached = (stride * ((side - 1) // stride) for side in x.shape[1:3])  # the last row and column of outputs
+        if min(reached) < size // 2:
+            # Some weights meet no pixel; of those in bf16 oneDNN returns gradients of whatever memory holds.
+            dtype = torch.float32
+    y = F.conv2d(x.permute(0, 3, 1, 2).to(dtype), weight.to(dtype), bias.to(dtype), stride, size // 2, groups=channels)
+    y = y.permute(0, 2, 3, 1).to(x.dtype)
     return _activate(x + y if residual else y, activation)
 
 
