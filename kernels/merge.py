@@ -255,8 +255,15 @@ def _keep_routes(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtypes = tuple(None if t is None else t.dtype for t in norms)
     ctx.eps, ctx.means = inputs[8], inputs[10]
     ctx.mark_non_differentiable(full_sum, half_sum)
-    full, half = (kept if kept.numel() else y for y, kept in ((full, full_sum), (half, half_sum)))
+    full, half = _normalised(full, full_sum, True), _normalised(half, half_sum, inputs[9])
     ctx.save_for_backward(full, half, norms[0], norms[2])
+
+
+def _normalised(y: Tensor | None, kept: Tensor, summed: bool) -> Tensor | None:
+    """What was normalised of a branch: its routes, or their sum, made again where it was not kept."""
+    if y is None or not summed or y.shape[1] == 1:
+        return y
+    return kept if kept.numel() else y.sum(1, keepdim=True, dtype=y.dtype)
 
 
 def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:

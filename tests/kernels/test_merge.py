@@ -414,6 +414,23 @@ class TestOpcheck:
         torch.library.opcheck(torch.ops.msv.gate_backward.default, (torch.randn_like(leaves[0]), *leaves))
 
 
+@devices
+@pytest.mark.parametrize("kind", ["2/2-own-norms-means", "4/0", "0/4-means"])
+def test_what_was_not_kept_is_made_again(device, kind, relative_error):
+    operator, tensors = make(kind, small_shape(device), device=device)
+    if KINDS[kind].full == 0:
+        tensors = {"y_half": tensors["y_half"], "weight_half": tensors["weight"], "bias_half": tensors["bias"]}
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    names = ("y_full", "y_half", "weight", "bias", "weight_half", "bias_half")
+    arguments = (*(leaves.get(name) for name in names), *operator.keywords["size"], 1e-5, KINDS[kind].sum_first, False)
+    found = []
+    for keep in (True, False):
+        m, _, *sums = torch.ops.msv.merge_routes(*arguments, keep)
+        assert any(t.numel() for t in sums) == keep
+        found.append((m, *torch.autograd.grad(m.square().sum(), leaves.values())))
+    assert all(relative_error(again, t) < 1e-6 for t, again in zip(*found, strict=True))
+
+
 @pytest.fixture
 def fresh_compiler():
     torch.compiler.reset()
