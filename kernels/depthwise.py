@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import Backend, _check_backend, _check_floating, _check_shape, _runs_triton
+from .checks import Backend, check_backend, check_floating, check_shape, runs_triton
 from .precision import outside_autocast, state_dtype
 
 Activation = Literal["none", "silu", "gelu"]
@@ -50,11 +50,11 @@ def depthwise_conv(
         TypeError: an input is complex or not floating point.
         ValueError: shapes do not fit together, an option is unknown, or the backend is unknown or cannot run here.
     """
-    _check_floating(x=x, weight=weight, bias=bias)
-    _check_shape("x", x, ("B", "H", "W", "C"), {})
+    check_floating(x=x, weight=weight, bias=bias)
+    check_shape("x", x, ("B", "H", "W", "C"), {})
     known = {"C": x.shape[3], "1": 1}
-    _check_shape("weight", weight, ("C", "1", "K", "K"), {**known, "K": weight.shape[-1]})
-    _check_shape("bias", bias, ("C",), known)
+    check_shape("weight", weight, ("C", "1", "K", "K"), {**known, "K": weight.shape[-1]})
+    check_shape("bias", bias, ("C",), known)
     if weight.shape[2] % 2 == 0:
         raise ValueError(f"weight has a kernel of {weight.shape[2]}×{weight.shape[2]}; expected an odd size")
     if stride not in (1, 2):
@@ -65,9 +65,9 @@ def depthwise_conv(
         raise ValueError(f"residual adds x to a map of the same size, but stride is {stride}; use 1, or no residual")
     arguments = (x, weight, bias, stride, activation, residual)
     sums = state_dtype(x, weight, bias)
-    if _check_backend(backend, x, sums) == "reference":
+    if check_backend(backend, x, sums) == "reference":
         return reference(*arguments)
-    if backend == "parallel" or not _runs_triton(backend, x, sums) or torch.compiler.is_exporting():
+    if backend == "parallel" or not runs_triton(backend, x, sums) or torch.compiler.is_exporting():
         return parallel(*arguments)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
     keep = trained and activation != "none" and not _triton().convolves_again(weight.shape[2], stride)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import Backend, _check_backend, _check_floating, _check_shape, _runs_triton
+from .checks import Backend, check_backend, check_floating, check_shape, runs_triton
 from .precision import outside_autocast, state_dtype
 
 
@@ -59,7 +59,7 @@ def merge_routes(
     """
     tensors = {"y_full": y_full, "y_half": y_half, "weight": weight, "bias": bias}
     tensors |= {"weight_half": weight_half, "bias_half": bias_half}
-    _check_floating(**tensors)
+    check_floating(**tensors)
     some = y_full if y_full is not None else y_half
     if some is None:
         raise ValueError("y_full and y_half are both None; expected routes on the full map, on the half map, or both")
@@ -70,21 +70,21 @@ def merge_routes(
         suffix = name.removeprefix("y_full").removeprefix("y")
         if y is None:
             continue
-        _check_shape(name, y, ("B", "K", "H", "W", "D"), {})
+        check_shape(name, y, ("B", "K", "H", "W", "D"), {})
         known = known or {"B": y.shape[0], "D": y.shape[4]}
         # An export knows no sizes, and would take what is asked of them for a promise of its own.
         sides = {} if torch.compiler.is_exporting() else {"H": rows, "W": columns}
-        _check_shape(name, y, ("B", "K", "H", "W", "D"), {**known, **sides})
+        check_shape(name, y, ("B", "K", "H", "W", "D"), {**known, **sides})
         for part in ("weight", "bias"):
             t = tensors[part + suffix]
             if t is None:
                 raise ValueError(f"{part}{suffix} is None, but there is {name}; expected LayerNorm's, of shape (D,)")
-            _check_shape(part + suffix, t, ("D",), known)
+            check_shape(part + suffix, t, ("D",), known)
     arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
     states = state_dtype(*tensors.values())
-    if _check_backend(backend, some, states) == "reference":
+    if check_backend(backend, some, states) == "reference":
         return reference(*arguments)
-    if backend == "parallel" or not _runs_triton(backend, some, states) or torch.compiler.is_exporting():
+    if backend == "parallel" or not runs_triton(backend, some, states) or torch.compiler.is_exporting():
         return parallel(*arguments)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     m, found, _, _ = _merge_routes(*arguments, keep)
@@ -107,16 +107,16 @@ def gate(m: Tensor, scale: Tensor | None, z: Tensor, *, backend: Backend = "auto
         TypeError: an input is complex or not floating point.
         ValueError: shapes do not fit together, or the backend is unknown or cannot run here.
     """
-    _check_floating(m=m, scale=scale, z=z)
-    _check_shape("m", m, ("B", "H", "W", "D"), {})
+    check_floating(m=m, scale=scale, z=z)
+    check_shape("m", m, ("B", "H", "W", "D"), {})
     known = dict(zip("BHWD", m.shape, strict=True))
-    _check_shape("z", z, ("B", "H", "W", "D"), known)
+    check_shape("z", z, ("B", "H", "W", "D"), known)
     if scale is not None:
-        _check_shape("scale", scale, ("B", "D"), known)
+        check_shape("scale", scale, ("B", "D"), known)
     states = state_dtype(m, scale, z)
-    if _check_backend(backend, m, states) == "reference":
+    if check_backend(backend, m, states) == "reference":
         return reference_gate(m, scale, z)
-    if backend == "parallel" or not _runs_triton(backend, m, states) or torch.compiler.is_exporting():
+    if backend == "parallel" or not runs_triton(backend, m, states) or torch.compiler.is_exporting():
         return parallel_gate(m, scale, z)
     return _gate(m, scale, z)
 
