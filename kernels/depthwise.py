@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import Backend, check_backend, check_floating, check_shape, runs_triton
+from .checks import Backend, check_floating, check_shape, settle_backend
 from .precision import outside_autocast, state_dtype
 
 Activation = Literal["none", "silu", "gelu"]
@@ -64,11 +64,9 @@ def depthwise_conv(
     if residual and stride != 1:
         raise ValueError(f"residual adds x to a map of the same size, but stride is {stride}; use 1, or no residual")
     arguments = (x, weight, bias, stride, activation, residual)
-    sums = state_dtype(x, weight, bias)
-    if check_backend(backend, x, sums) == "reference":
-        return reference(*arguments)
-    if backend == "parallel" or not runs_triton(backend, x, sums) or torch.compiler.is_exporting():
-        return parallel(*arguments)
+    chosen = settle_backend(backend, x, state_dtype(x, weight, bias))
+    if chosen != "triton":
+        return (reference if chosen == "reference" else parallel)(*arguments)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
     keep = trained and activation != "none" and not _triton().convolves_again(weight.shape[2], stride)
     return _depthwise_conv(*arguments, keep)[0]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Backend, check_backend, check_floating, check_shape, runs_triton
+from .checks import Backend, check_floating, check_shape, settle_backend
 from .precision import outside_autocast, state_dtype
 
 
@@ -81,11 +81,9 @@ def merge_routes(
                 raise ValueError(f"{part}{suffix} is None, but there is {name}; expected LayerNorm's, of shape (D,)")
             check_shape(part + suffix, t, ("D",), known)
     arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
-    states = state_dtype(*tensors.values())
-    if check_backend(backend, some, states) == "reference":
-        return reference(*arguments)
-    if backend == "parallel" or not runs_triton(backend, some, states) or torch.compiler.is_exporting():
-        return parallel(*arguments)
+    chosen = settle_backend(backend, some, state_dtype(*tensors.values()))
+    if chosen != "triton":
+        return (reference if chosen == "reference" else parallel)(*arguments)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     m, found, _, _ = _merge_routes(*arguments, keep)
     return m, found if means else None
@@ -113,11 +111,9 @@ def gate(m: Tensor, scale: Tensor | None, z: Tensor, *, backend: Backend = "auto
     check_shape("z", z, ("B", "H", "W", "D"), known)
     if scale is not None:
         check_shape("scale", scale, ("B", "D"), known)
-    states = state_dtype(m, scale, z)
-    if check_backend(backend, m, states) == "reference":
-        return reference_gate(m, scale, z)
-    if backend == "parallel" or not runs_triton(backend, m, states) or torch.compiler.is_exporting():
-        return parallel_gate(m, scale, z)
+    chosen = settle_backend(backend, m, state_dtype(m, scale, z))
+    if chosen != "triton":
+        return (reference_gate if chosen == "reference" else parallel_gate)(m, scale, z)
     return _gate(m, scale, z)
 
 

@@ -386,18 +386,31 @@ class Conv(torch.nn.Module):
         return self.conv(**tensors)
 
 
+def exported(conv, tensors):
+    """A program, and the names of the operators that it calls."""
+    with torch.no_grad():
+        program = torch.export.export(Conv(conv), (tensors,))
+    return program, {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
 @pytest.mark.parametrize(
     "device",
     [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=GPU, id="cuda")],
 )
 def test_exports_as_torch_s_convolution(device):
     conv, tensors = make("3x3-residual-gelu", (1, 4, 5, 6), device=device)
-    with torch.no_grad():
-        program = torch.export.export(Conv(conv), (tensors,))
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    program, called = exported(conv, tensors)
     assert any(name.startswith("aten.conv2d") for name in called)
     assert not any("msv" in name for name in called)
     torch.testing.assert_close(program.module()(tensors), conv(**tensors, backend="parallel"))
+
+
+@devices
+def test_exports_as_itself_where_triton_is_asked_for(device):
+    conv, tensors = make("3x3-residual-gelu", (1, 4, 5, 6), device=device)
+    program, called = exported(partial(conv, backend=BACKEND), tensors)
+    assert "msv.depthwise_conv.default" in called
+    assert torch.equal(program.module()(tensors), conv(**tensors, backend=BACKEND))
 
 
 @pytest.mark.parametrize("backend", ["parallel", "reference", pytest.param(BACKEND, marks=INTERPRETER)])

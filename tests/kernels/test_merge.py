@@ -485,9 +485,23 @@ def test_compiled_once_for_all_map_sizes(device):
 
 
 class Mixed(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+
     def forward(self, tensors, scale, z):
-        m, means = merge(**tensors, size=(4, 5), kind="1/3-means")
-        return gate(m, scale * means, z)
+        m, means = merge(**tensors, size=(4, 5), kind="1/3-means", backend=self.backend)
+        return gate(m, scale * means, z, backend=self.backend)
+
+
+def exported(backend, device):
+    """(module, its program, names of the operators that it calls, arguments)"""
+    _, tensors = make("1/3-means", (1, 4, 5, 6), device=device)
+    gated = make_gate((1, 4, 5, 6), True, device=device)
+    module, arguments = Mixed(backend), (tensors, gated["scale"], gated["z"])
+    with torch.no_grad():
+        program = torch.export.export(module, arguments)
+    return module, program, {str(node.target) for node in program.graph.nodes if node.op == "call_function"}, arguments
 
 
 @pytest.mark.parametrize(
@@ -495,15 +509,17 @@ class Mixed(torch.nn.Module):
     [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=GPU, id="cuda")],
 )
 def test_exports_as_torch_s_operators(device):
-    _, tensors = make("1/3-means", (1, 4, 5, 6), device=device)
-    gated = make_gate((1, 4, 5, 6), True, device=device)
-    arguments = (tensors, gated["scale"], gated["z"])
-    with torch.no_grad():
-        program = torch.export.export(Mixed(), arguments)
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    module, program, called, arguments = exported("auto", device)
     assert any(name.startswith("aten.layer_norm") for name in called)
     assert not any("msv" in name for name in called)
-    torch.testing.assert_close(program.module()(*arguments), Mixed()(*arguments))
+    torch.testing.assert_close(program.module()(*arguments), module(*arguments))
+
+
+@devices
+def test_exports_as_itself_where_triton_is_asked_for(device):
+    module, program, called, arguments = exported(BACKEND, device)
+    assert called >= {"msv.merge_routes.default", "msv.gate.default"}
+    assert torch.equal(program.module()(*arguments), module(*arguments))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param(BACKEND, marks=INTERPRETER)])
