@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import LOG2_E, multiprocessors
+from .triton_maps import pixel_stride, silu, silu_gate, silu_slope, zeros
+from .triton_tiles import multiprocessors
 
 TILE = 1024
 """Values of a block, P * BLOCK: eight a thread, which a 16-bit map's thread reads at once."""
@@ -82,15 +83,6 @@ def store_sums(channel_ptr, sums, D: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
     for k in tl.static_range((D + BLOCK - 1) // BLOCK):
         tl.store(channel_ptr + k * BLOCK + c, tl.sum(sums[k], axis=0), mask=k * BLOCK + c < D)
-
-
-@triton.jit
-def zeros(P: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """A tuple of zeros."""
-    found = ()
-    for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros((P, BLOCK), tl.float32),)
-    return found
 
 
 @triton.jit
@@ -264,7 +256,7 @@ def normalise(
     if K > 0:
         weight = load_channels(weight_ptr, D, BLOCK)
         bias = scaled(load_channels(bias_ptr, D, BLOCK), (K if EACH else 1) * 1.0, 0, COUNT)
-    sums = zeros(P, BLOCK, COUNT)
+    sums = zeros(COUNT, P, BLOCK)
     for tile in range(tiles):
         pixel = first + tile * P + tl.arange(0, P)
         inside = pixel < pixels
@@ -277,7 +269,7 @@ def normalise(
         if K > 0:
             out = bias
         else:
-            out = zeros(P, BLOCK, COUNT)
+            out = zeros(COUNT, P, BLOCK)
         if HALF:
             out = add_upsampled(out, half_ptr, pixel, inside, H, W, other_H, other_W, D, BLOCK)
         if K > 0:
@@ -344,8 +336,8 @@ def normalise_back(
     weight = load_channels(weight_ptr, D, BLOCK)
     if MEANS:
         mean = load_channels(mean_ptr + b * D, D, BLOCK)
-    dweight = zeros(P, BLOCK, COUNT)
-    dbias = zeros(P, BLOCK, COUNT)
+    dweight = zeros(COUNT, P, BLOCK)
+    dbias = zeros(COUNT, P, BLOCK)
     for tile in range(tiles):
         pixel = first + tile * P + tl.arange(0, P)
         inside = pixel < pixels
@@ -431,7 +423,7 @@ def gate_map(
         at = pixel.to(tl.int64)[:, None]
         m = tl.load(m_ptr + at * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at * PIXEL + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        out = m * (z / (1.0 + tl.exp2(z * -LOG2_E)))
+        out = m * silu(z)
         if SCALED:
             out *= scale
         tl.store(out_ptr + at * D + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -475,11 +467,11 @@ def gate_back(
         dout = tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(m_ptr + place, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at * PIXEL + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
+        gate = silu_gate(z)
         through = dout * m
         if SCALED:
             sums += through * (z * gate)
-        dz = through * scale * (gate * (1.0 + z * (1.0 - gate)))
+        dz = through * scale * silu_slope(z, gate)
         tl.store(dm_ptr + place, (dout * scale * (z * gate)).to(dm_ptr.dtype.element_ty), mask=mask)
         tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if SCALED:
@@ -702,10 +694,10 @@ def with_pixels_in_line(z: Tensor) -> tuple[Tensor, int]:
     Returns:
         (map, distance of neighbouring pixels in elements)
     """
-    *sizes, channels = z.shape
-    steps = (sizes[1] * sizes[2], sizes[2], 1)  # in pixels, from image to image, row to row, column to column
-    # Where there is only one of a dimension, its stride says nothing.
-    apart = [(stride, step) for size, stride, step in zip(sizes, z.stride(), steps, strict=False) if size > 1]
-    pixel = apart[-1][0] if apart else channels
-    in_line = all(stride == step * pixel for stride, step in apart) and (channels == 1 or z.stride(3) == 1)
+    _, height, width, channels = z.shape
+    pixel = pixel_stride(z)
+    strides = (height * width * pixel, width * pixel, pixel, 1)
+    in_line = all(
+        size == 1 or found == stride for size, found, stride in zip(z.shape, z.stride(), strides, strict=True)
+    )
     return (z, pixel) if in_line else (z.contiguous(), channels)

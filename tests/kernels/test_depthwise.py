@@ -217,6 +217,7 @@ LAYOUTS = {
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view_as(t),
     "expanded": lambda t: t[:1].expand_as(t),
     "cropped": lambda t: F.pad(t, (1, 2, 1, 1, 2, 1))[:, 2:-1, 1:-1, 1:-2],
+    "half": lambda t: torch.cat([t, t], dim=-1).chunk(2, dim=-1)[1],
 }
 
 
@@ -239,6 +240,20 @@ def test_layout_does_not_matter(device, case):
     dy = LAYOUTS[layout](torch.randn_like(expected))
     found, same = (torch.autograd.grad(expected, leaf, t, retain_graph=True)[0] for t in (dy, dy.contiguous()))
     assert torch.equal(found, same)
+
+
+MAPS, LINES = ((6, 4), (5, 7), (9, 3), (2, 2)), ((1, 5), (4, 1), (1, 1))
+
+
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [*((name, MAPS) for name in LAYOUTS), *((name, MAPS + LINES) for name in ("channels-first", "transposed", "half"))],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}-sizes",
+)
+def test_where_a_map_lies_is_the_same_for_all_sizes(layout, sizes):
+    """Kernels are compiled for it."""
+    maps = [triton_depthwise.with_channels_last(LAYOUTS[layout](torch.empty(3, *sides, 6))) for sides in sizes]
+    assert len({tuple(triton_depthwise.layout(x).items()) for x in maps}) == 1
 
 
 # Bits.
@@ -483,7 +498,8 @@ def test_a_new_size_compiles_nothing(monkeypatch, outputs_and_gradients, device,
     sizes = ((4, 56, 56), (4, 55, 57), (1, 64, 48), (3, 23, 41), (16, 9, 8), (1, 256, 256))
     for batch, height, width in sizes:
         conv, tensors = make(kind, (batch, height, width, 100), BF16, device)
-        outputs_and_gradients(conv, tensors)
+        for layout in ("half", "transposed"):
+            outputs_and_gradients(conv, {**tensors, "x": LAYOUTS[layout](tensors["x"])})
         assert not compiled or height == width == 56, f"{batch}, {height}x{width} compiled {compiled}"
         compiled.clear()
 
