@@ -68,21 +68,24 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} is {t.dtype}; expected {kind}")
 
 
-def check_shape(name: str, t: Tensor, dims: Sequence[str], known: dict[str, int]) -> None:
+def check_shape(name: str, t: Tensor, dims: Sequence[str | int], known: dict[str, int]) -> None:
     """Checks the shape of an argument.
 
     Args:
         name: of the argument.
         t: the argument.
-        dims: names of its dimensions.
+        dims: names of its dimensions, or sizes; a name that stands there twice is one size.
         known: sizes by name of dimension, as earlier arguments have them; empty for the first one.
 
     Raises:
         ValueError: the shape does not fit, or the first argument has no elements.
     """
-    fits = t.dim() == len(dims) and all(known.get(d, n) == n for d, n in zip(dims, t.shape, strict=True))
+    sizes = dict(known)
+    fits = t.dim() == len(dims) and all(
+        (d if isinstance(d, int) else sizes.setdefault(d, n)) == n for d, n in zip(dims, t.shape, strict=True)
+    )
     if not fits:
-        expected = ", ".join(f"{d}={known[d]}" if d in known else d for d in dims)
+        expected = ", ".join(f"{d}={known[d]}" if d in known else str(d) for d in dims)
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected ({expected})")
     if not known and t.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(t.shape)} and so no elements; expected one or more")

@@ -52,8 +52,8 @@ def depthwise_conv(
     """
     check_floating(x=x, weight=weight, bias=bias)
     check_shape("x", x, ("B", "H", "W", "C"), {})
-    known = {"C": x.shape[3], "1": 1}
-    check_shape("weight", weight, ("C", "1", "K", "K"), {**known, "K": weight.shape[-1]})
+    known = {"C": x.shape[3]}
+    check_shape("weight", weight, ("C", 1, "K", "K"), known)
     check_shape("bias", bias, ("C",), known)
     if weight.shape[2] % 2 == 0:
         raise ValueError(f"weight has a kernel of {weight.shape[2]}×{weight.shape[2]}; expected an odd size")

@@ -560,8 +560,16 @@ def test_beyond_2_31_elements(device, kind):
     [
         ({"x": torch.zeros(2, 3, 4)}, ValueError, r"x has shape \(2, 3, 4\); expected \(B, H, W, C\)"),
         ({"x": torch.zeros(0, 3, 4, 5)}, ValueError, "no elements"),
-        ({"weight": torch.zeros(4, 1, 3, 3)}, ValueError, r"weight has shape .*; expected \(C=5, 1=1, K=3, K=3\)"),
-        ({"weight": torch.zeros(5, 1, 3, 5)}, ValueError, r"expected \(C=5, 1=1, K=5, K=5\)"),
+        (
+            {"weight": torch.zeros(4, 1, 3, 3)},
+            ValueError,
+            r"weight has shape \(4, 1, 3, 3\); expected \(C=5, 1, K, K\)$",
+        ),
+        ({"weight": torch.zeros(5, 2, 3, 3)}, ValueError, r"weight has shape .*; expected \(C=5, 1, K, K\)"),
+        ({"weight": torch.zeros(5, 1, 3, 5)}, ValueError, r"weight has shape .*; expected \(C=5, 1, K, K\)"),
+        ({"weight": torch.zeros(())}, ValueError, r"weight has shape \(\); expected \(C=5, 1, K, K\)"),
+        ({"weight": torch.zeros(5)}, ValueError, r"weight has shape \(5,\); expected \(C=5, 1, K, K\)"),
+        ({"bias": torch.zeros(())}, ValueError, r"bias has shape \(\); expected \(C=5\)"),
         ({"weight": torch.zeros(5, 1, 2, 2)}, ValueError, "kernel of 2×2; expected an odd size"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \(4,\); expected \(C=5\)"),
         ({"x": torch.zeros(2, 3, 4, 5).int()}, TypeError, "x is torch.int32"),
