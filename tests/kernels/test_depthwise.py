@@ -3,26 +3,31 @@
 As in `test_triton.py`, kernels run small through Triton's interpreter, and in full with `pytest -m gpu`.
 """
 
-import gc
 import itertools
-import os
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_or_interpreter import (
+    BACKEND,
+    BF16,
+    FLOAT32,
+    FP16,
+    GPU,
+    INTERPRETER,
+    UNIT_ROUNDOFF,
+    assert_graph_replays,
+    assert_same_bits,
+    devices,
+    on_devices,
+    on_gpu,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from msv.kernels import depthwise_conv, triton_depthwise
-
-BACKEND = "triton"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETER = [pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, as it is where a GPU is")]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-FLOAT32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-UNIT_ROUNDOFF = {FLOAT32: 2**-24, BF16: 2**-8, FP16: 2**-11}
 
 KINDS = {
     "3x3": {"size": 3, "stride": 1, "activation": "none"},
@@ -45,19 +50,6 @@ class Case(NamedTuple):
         return f"{self.kind}-{str(self.dtype)[6:]}-{'x'.join(map(str, self.shape))}"
 
 
-def on_devices(small, full):
-    """Parameters (device, case): small cases for the interpreter, the full list for a GPU."""
-    return [
-        *(pytest.param("cpu", case, marks=INTERPRETER, id=f"interpreter-{case}") for case in small),
-        *(pytest.param("cuda", case, marks=GPU, id=f"cuda-{case}") for case in full),
-    ]
-
-
-devices = pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=INTERPRETER, id="interpreter"), pytest.param("cuda", marks=GPU, id="cuda")],
-)
-on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU, id="cuda")])
 TRAINED = ("3x3-silu", "3x3-residual-gelu", "7x7-half-silu")
 trained_kinds = pytest.mark.parametrize("kind", TRAINED)
 
@@ -77,12 +69,6 @@ def make(kind, shape, dtype=FLOAT32, device="cpu"):
 
 def small_shape(device):
     return (3, 5, 4, 6) if device == "cpu" else (3, 29, 27, 100)
-
-
-def assert_same_bits(found, expected):
-    for part, same in zip(found, expected, strict=True):
-        assert part.keys() == same.keys()
-        assert [name for name, t in part.items() if not torch.equal(t, same[name])] == []
 
 
 @pytest.fixture
@@ -261,6 +247,7 @@ def test_where_a_map_lies_is_the_same_for_all_sizes(layout, sizes):
 
 @devices
 @trained_kinds
+@pytest.mark.usefixtures("as_users_run")
 def test_the_same_inputs_give_the_same_bits(outputs_and_gradients, device, kind):
     conv, tensors = make(kind, small_shape(device), device=device)
     expected = outputs_and_gradients(conv, tensors, backend=BACKEND)
@@ -352,13 +339,6 @@ def test_what_was_not_kept_is_made_again(device):
     dy = torch.randn_like(y)
     found, expected = (torch.ops.msv.depthwise_conv_backward(dy, t, *arguments) for t in (nothing, pre))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @devices
@@ -471,21 +451,7 @@ def test_cuda_graph(device):
         y = conv(**leaves)
         return [y, *torch.autograd.grad(y.square().sum(), leaves.values())]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    for factor in (1.0, 0.5):
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                leaf.copy_(factor * tensors[name])
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+    assert_graph_replays(step, leaves, tensors)
 
 
 @on_gpu
@@ -523,15 +489,6 @@ def test_what_the_backward_needs_kept(kind, quarters):
             inferred = torch.ops.msv.depthwise_conv(x, weight, bias, 1, "silu", False, False)[1]
     assert beside == quarters * x.nbytes // 4
     assert inferred.numel() == 0
-
-
-@pytest.fixture
-def free_memory():
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @on_gpu

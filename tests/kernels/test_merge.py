@@ -3,25 +3,30 @@
 As in `test_triton.py`, kernels run small through Triton's interpreter, and in full with `pytest -m gpu`.
 """
 
-import gc
 import itertools
-import os
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_or_interpreter import (
+    BACKEND,
+    BF16,
+    FLOAT32,
+    FP16,
+    GPU,
+    INTERPRETER,
+    UNIT_ROUNDOFF,
+    assert_graph_replays,
+    assert_same_bits,
+    devices,
+    on_devices,
+    on_gpu,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msv.kernels import gate, merge_routes, triton_merge
-
-BACKEND = "triton"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETER = [pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, as it is where a GPU is")]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-FLOAT32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-UNIT_ROUNDOFF = {FLOAT32: 2**-24, BF16: 2**-8, FP16: 2**-11}
 
 
 class Kind(NamedTuple):
@@ -56,19 +61,6 @@ class Case(NamedTuple):
         return f"{self.kind}-{str(self.dtype)[6:]}-{'x'.join(map(str, self.shape))}"
 
 
-def on_devices(small, full):
-    """Parameters (device, case): small cases for the interpreter, the full list for a GPU."""
-    return [
-        *(pytest.param("cpu", case, marks=INTERPRETER, id=f"interpreter-{case}") for case in small),
-        *(pytest.param("cuda", case, marks=GPU, id=f"cuda-{case}") for case in full),
-    ]
-
-
-devices = pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=INTERPRETER, id="interpreter"), pytest.param("cuda", marks=GPU, id="cuda")],
-)
-on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU, id="cuda")])
 trained_kinds = pytest.mark.parametrize("kind", TRAINED)
 
 
@@ -106,12 +98,6 @@ def make_gate(shape, scaled, dtype=FLOAT32, device="cpu"):
 
 def small_shape(device):
     return (3, 5, 4, 6) if device == "cpu" else (3, 29, 27, 100)
-
-
-def assert_same_bits(found, expected):
-    for part, same in zip(found, expected, strict=True):
-        assert part.keys() == same.keys()
-        assert [name for name, t in part.items() if t is not None and not torch.equal(t, same[name])] == []
 
 
 @pytest.fixture
@@ -305,6 +291,7 @@ def test_pixels_are_found_in_line(layout, sides, batch):
 
 @devices
 @trained_kinds
+@pytest.mark.usefixtures("as_users_run")
 def test_the_same_inputs_give_the_same_bits(outputs_and_gradients, device, kind):
     operator, tensors = make(kind, small_shape(device), device=device)
     gated = make_gate(small_shape(device), True, device=device)
@@ -431,13 +418,6 @@ def test_what_was_not_kept_is_made_again(device, kind, relative_error):
     assert all(relative_error(again, t) < 1e-6 for t, again in zip(*found, strict=True))
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def merge_and_gate(operator, z, **tensors):
     """Both operators, with the routes' means as factors."""
     m, means = operator(**tensors, backend=BACKEND)
@@ -553,21 +533,7 @@ def test_cuda_graph(device):
         y = merge_and_gate(operator, **leaves)
         return [y, *torch.autograd.grad(y.square().sum(), leaves.values())]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    for factor in (1.0, 0.5):
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                leaf.copy_(factor * tensors[name])
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+    assert_graph_replays(step, leaves, tensors)
 
 
 @on_gpu
@@ -607,15 +573,6 @@ def test_what_the_backward_needs_kept(kind, maps):
             held = any(t.untyped_storage()._cdata == tensors[name].untyped_storage()._cdata for t in kept)
             assert held != (summed and tensors[name].shape[1] > 1)
     assert sum(t.nbytes for t in kept if t.untyped_storage()._cdata not in own) == maps * 128 * 56 * 56 * 192 * 2
-
-
-@pytest.fixture
-def free_memory():
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @on_gpu
