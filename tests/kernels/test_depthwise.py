@@ -23,6 +23,7 @@ from gpu_or_interpreter import (
     devices,
     on_devices,
     on_gpu,
+    under_autocast,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -408,15 +409,27 @@ def test_exports_as_itself_where_triton_is_asked_for(device):
     assert torch.equal(program.module()(tensors), conv(**tensors, backend=BACKEND))
 
 
-@pytest.mark.parametrize("backend", ["parallel", "reference", pytest.param(BACKEND, marks=INTERPRETER)])
+@under_autocast
+@trained_kinds
 @pytest.mark.parametrize("dtype", [FLOAT32, BF16], ids=str)
-def test_autocast_changes_nothing(outputs_and_gradients, backend, dtype):
-    conv, tensors = make("3x3-residual-gelu", (1, 4, 5, 6), dtype)
+def test_autocast_changes_nothing(outputs_and_gradients, device, backend, kind, dtype):
+    conv, tensors = make(kind, (1, 4, 5, 6), dtype, device)
     expected = outputs_and_gradients(conv, tensors, backend=backend)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(device, BF16):  # forward and backward
         found = outputs_and_gradients(conv, tensors, backend=backend)
     assert_same_bits(found, expected)
     assert found[0]["y"].dtype == dtype
+    assert all(found[1][f"d{name}"].dtype == t.dtype for name, t in tensors.items())
+
+
+@devices
+@trained_kinds
+def test_the_second_derivative_is_refused(device, kind):
+    conv, tensors = make(kind, (1, 4, 5, 6), device=device)
+    x = tensors["x"].requires_grad_()
+    (gradient,) = torch.autograd.grad(conv(**tensors, backend=BACKEND).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward through msv\.depthwise_conv_backward"):
+        gradient.square().sum().backward()
 
 
 @devices

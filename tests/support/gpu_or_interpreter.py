@@ -18,6 +18,17 @@ devices = pytest.mark.parametrize(
 )
 on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU, id="cuda")])
 
+# Backends beside autocast, which has lists of its own for CPUs and for GPUs.
+under_autocast = pytest.mark.parametrize(
+    "device, backend",
+    [
+        pytest.param("cpu", "parallel", id="parallel"),
+        pytest.param("cpu", "reference", id="reference"),
+        pytest.param("cpu", BACKEND, marks=INTERPRETER, id="interpreter"),
+        pytest.param("cuda", BACKEND, marks=GPU, id="cuda"),
+    ],
+)
+
 
 def on_devices(small, full):
     """Parameters (device, case): small cases for the interpreter, the full list for a GPU."""
