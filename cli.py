@@ -4,17 +4,20 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "tables": "msv.publishing.command",
-    "keep": "msv.publishing.keep",
-    "profile": "msv.ablation.profiles",
-    "compare": "msv.comparison.command",
-    "benchmark": "msv.benchmarks.command",
-    "convert": "msv.models.convert",
-    "export": "msv.tasks.export",
-    "pathfinder": "msv.data.pathfinder_sheet",
-    "cell": "msv.ablation.cell",
+    "tables": ("msv.publishing.command", "make tables again from records"),
+    "keep": ("msv.publishing.keep", "publish finished runs"),
+    "profile": ("msv.ablation.profiles", "parameters and FLOPs"),
+    "compare": ("msv.comparison.command", "the paper's systems side by side"),
+    "goldens": ("msv.publishing.goldens", "differences from the published model's numbers"),
+    "benchmark": ("msv.benchmarks.command", "time the scan and networks"),
+    "convert": ("msv.models.convert", "published weights for timm"),
+    "export": ("msv.tasks.export", "a network for torch.export or ONNX"),
+    "pathfinder": ("msv.data.pathfinder_sheet", "a sheet of Pathfinder's pictures"),
+    "cell": ("msv.ablation.cell", "one run of a grid, by hand"),
 }
-"""What stands beside LightningCLI's fit, validate, test and predict: modules whose `main` takes the arguments."""
+"""What stands beside LightningCLI's fit, validate, test and predict: modules whose `main` takes the arguments, and what
+they do.
+"""
 
 
 def experiment(argv: list[str]) -> int:
@@ -26,7 +29,8 @@ def experiment(argv: list[str]) -> int:
 
         return runner.run_grid(cli)
 
-    return ExperimentCLI(args=argv, run_grid=run_grid).status
+    beside = {name: what for name, (_, what) in COMMANDS.items()}
+    return ExperimentCLI(args=argv, run_grid=run_grid, beside=beside).status
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +38,7 @@ def main(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
     try:
         if name in COMMANDS:
-            return import_module(COMMANDS[name]).main(rest) or 0
+            return import_module(COMMANDS[name][0]).main(rest) or 0
         return experiment(argv or ["--help"])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -368,6 +368,9 @@ class _Parallel2d(torch.autograd.Function):
         return _gradients_2d(parallel.selective_scan_2d_backward, ctx, dy)
 
 
+# A backward is counted as twice its forward, as torch counts those of matrix products and convolutions.
+
+
 def flops_1d(batch: int, length: int, channels: int, d_state: int, skip: bool) -> int:
     """Operations of one scan in the paper's convention: 9·B·L·D·N, and B·L·D for the skip."""
     return 9 * batch * length * channels * d_state + skip * batch * length * channels
@@ -386,6 +389,16 @@ def _(u, delta, A, B, C, D, *args, **kwargs) -> int:
 @register_flop_formula(torch.ops.msv.selective_scan_2d)
 def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, *args, **kwargs) -> int:
     return flops_2d(x[0], x[1] * x[2], x[3], A_log[2], dt_weight[2], len(routes))
+
+
+@register_flop_formula(torch.ops.msv.selective_scan_backward)
+def _(dy, dlast, saved, u, delta, A, B, C, D, *args, **kwargs) -> int:
+    return 2 * flops_1d(u[0], u[2], u[1], A[1], D is not None)
+
+
+@register_flop_formula(torch.ops.msv.selective_scan_2d_backward)
+def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, *args, **kwargs) -> int:
+    return 2 * flops_2d(x[0], x[1] * x[2], x[3], A_log[2], dt_weight[2], len(routes))
 
 
 def _plain(function: Any, scan: Callable, arguments: tuple) -> tuple:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import outside_autocast
 from .triton_tiles import (
     CHANNELS,
     LOG2_E,
@@ -23,6 +24,7 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
+    finite_rate,
     matrix_precision,
     multiprocessors,
     sigmoid,
@@ -44,6 +46,10 @@ neither is so, threads share 8 steps one by one."""
 
 SECTOR = 32
 """Bytes of a sector."""
+
+ALIKE_AT_LEAST = 4
+"""Steps of a sector with a multiple of which rows begin, where channels are dealt out in classes. Ends of rows are
+stored as many steps at once; with fewer this costs more than shared sectors do."""
 
 # A new length is a new value of these, and compiles nothing but the first of its kind: a multiple of T, of 8, of 4, of
 # 2, another (and, once, the summaries, where few long sequences come).
@@ -83,8 +89,8 @@ def saved_slots(kind, L, CLASSES: tl.constexpr, PER: tl.constexpr, T: tl.constex
 
 @triton.jit
 def decay_rate(A):
-    """A * log2(e); finite, since steps outside of the sequence multiply it by zero."""
-    return tl.maximum(A.to(tl.float32) * LOG2_E, -3e38, propagate_nan=tl.PropagateNan.ALL)
+    """A * log2(e), finite."""
+    return finite_rate(A.to(tl.float32) * LOG2_E)
 
 
 @triton.jit
@@ -120,10 +126,26 @@ def unpack(parts, tile: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.co
 
 @triton.jit
 def store_tile(
-    row_ptr, at, shift, L, columns, mask, SHIFTED: tl.constexpr, C: tl.constexpr, T: tl.constexpr, V: tl.constexpr
+    row_ptr,
+    at,
+    shift,
+    L,
+    columns,
+    mask,
+    ALIKE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    V: tl.constexpr,
 ):
-    """The inverse of `load_tile` and `unpack`; of the row's own steps alone."""
-    whole = (at >= shift) & (at + T <= shift + L)
+    """The inverse of `load_tile` and `unpack`; of the row's own steps alone.
+
+    Rows begin and end with a multiple of ALIKE steps of a sector.
+    """
+    end = shift + L
+    whole = (at >= shift) & (at + T <= end)
+    shift = shift // ALIKE * ALIKE  # as they are, but now the compiler knows, and stores as many steps at once
+    end = end // ALIKE * ALIKE
     for part in tl.static_range(T // V):
         chosen = ()
         for t in tl.static_range(V):
@@ -134,17 +156,20 @@ def store_tile(
             if whole:
                 tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None])
             else:
-                tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None] & (t >= shift) & (t < shift + L))
+                tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None] & (t >= shift) & (t < end))
         else:
             tl.store(row_ptr[:, None] + t, tile, mask=mask[:, None] & (t < L))
 
 
 @triton.jit
-def load_BC(B_ptr, C_ptr, t0, L, T: tl.constexpr):
-    """B and C of one state in T steps, (T, 2), as `spread` takes them. Zeros outside of the sequence."""
-    t = t0 + tl.arange(0, T)[:, None]
-    at = tl.where(tl.arange(0, 2)[None, :] == 0, B_ptr, C_ptr) + t
-    return tl.load(at, mask=(t >= 0) & (t < L), other=0.0)
+def load_BC(B_ptr, C_ptr, t0, L, TILES: tl.constexpr, T: tl.constexpr):
+    """B and C of one state in tiles from t0 on, each (T, 2), as `spread` takes them. Zeros outside of the sequence."""
+    found = ()
+    for tile in tl.static_range(TILES):
+        t = t0 + tile * T + tl.arange(0, T)[:, None]
+        at = tl.where(tl.arange(0, 2)[None, :] == 0, B_ptr, C_ptr) + t
+        found = found + (tl.load(at, mask=(t >= 0) & (t < L), other=0.0),)
+    return found
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -246,9 +271,12 @@ def scan_1d_forward(
 
     us = load_tile(u_ptr, i0 * T, room, mask, AT_ONCE * T, V)
     raws = load_tile(delta_ptr, i0 * T, room, mask, AT_ONCE * T, V)
+    BCs = load_BC(B_ptr, C_ptr, i0 * T - shift, L, AT_ONCE, T)
     for first in range(i0, i1, AT_ONCE):
-        next_us = load_tile(u_ptr, (first + AT_ONCE) * T, room, mask, AT_ONCE * T, V)
-        next_raws = load_tile(delta_ptr, (first + AT_ONCE) * T, room, mask, AT_ONCE * T, V)
+        following = (first + AT_ONCE) * T
+        next_us = load_tile(u_ptr, following, room, mask, AT_ONCE * T, V)
+        next_raws = load_tile(delta_ptr, following, room, mask, AT_ONCE * T, V)
+        next_BCs = load_BC(B_ptr, C_ptr, following - shift, L, AT_ONCE, T)
         if SHIFTED:
             if (first * T < shift) | ((first + AT_ONCE) * T > shift + L):
                 us = within(us, first * T, shift, L, AT_ONCE * T, V)
@@ -257,7 +285,7 @@ def scan_1d_forward(
             i = first + tile
             t0 = i * T - shift
             if (tile == 0) | (i < i1):
-                BC = load_BC(B_ptr, C_ptr, t0, L, T)
+                BC = BCs[tile]
                 # Outside of the sequence Δ = 0, which leaves the state as it is.
                 wide_us = unpack(us, tile, C, T, V)
                 wide_raws = unpack(raws, tile, C, T, V)
@@ -294,12 +322,12 @@ def scan_1d_forward(
                     h = tl.load(began, mask=known, other=0.0)
                     A = tl.load(A_ptr, mask=mask, other=0.0)
                     for n in range(0, N):
-                        next_n = tl.minimum(n + 1, N - 1)
-                        BC_of_next = load_BC(B_ptr + next_n.to(tl.int64) * L, C_ptr + next_n.to(tl.int64) * L, t0, L, T)
-                        h_of_next = tl.load(began + next_n * stride, mask=known, other=0.0)
-                        A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
-                        A2 = decay_rate(A)
                         Bs, Cs = spread(BC, T)
+                        A2 = decay_rate(A)
+                        next_n = tl.minimum(n + 1, N - 1)
+                        BC = load_BC(B_ptr + next_n.to(tl.int64) * L, C_ptr + next_n.to(tl.int64) * L, t0, L, 1, T)[0]
+                        h_of_next = tl.load(began + next_n * stride, mask=known, other=0.0)
+                        A = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
                         ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                         if i + 1 < tiles:
                             tl.store(saved_ptr + (i * N + n) * width, h, mask=mask)
@@ -308,9 +336,7 @@ def scan_1d_forward(
                                 tl.store(starts_ptr + n * channels, h, mask=mask)
                         elif i + 1 == tiles:
                             tl.store(last_ptr + (b * channels + d) * N + n, h, mask=mask)
-                        BC = BC_of_next
                         h = h_of_next
-                        A = A_of_next
                     tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from others
                 if not SUMMARY:
                     if HAS_Z:
@@ -319,9 +345,10 @@ def scan_1d_forward(
                         for t in tl.static_range(T):
                             gated = gated + (ys[t] * zs[t] * tl.sigmoid(zs[t]),)
                         ys = gated
-                    store_tile(y_ptr, i * T, shift, L, ys, mask, SHIFTED, C, T, V)
+                    store_tile(y_ptr, i * T, shift, L, ys, mask, PER // CLASSES, SHIFTED, C, T, V)
         us = next_us
         raws = next_raws
+        BCs = next_BCs
     if SUMMARY:
         tl.store(reach_ptr + (b * chunks + chunk) * channels + d, reach, mask=mask)
         if N == 1:
@@ -447,6 +474,8 @@ def scan_1d_backward(
     us = load_tile(u_ptr, (i1 - 1) * T, room, mask, T, V)
     raws = load_tile(delta_ptr, (i1 - 1) * T, room, mask, T, V)
     dys = load_tile(dy_ptr, (i1 - 1) * T, room, mask, T, V)
+    BC = load_BC(B_ptr, C_ptr, (i1 - 1) * T - shift, L, 1, T)[0]
+    h = tl.load(saved_ptr + (i1 - 2) * N * width, mask=in_class < tl.where(i1 > 1, WIDTH, 0), other=0.0)
     for back in range(0, i1 - i0):
         i = i1 - 1 - back
         t0 = i * T - shift
@@ -454,10 +483,10 @@ def scan_1d_backward(
         next_us = load_tile(u_ptr, following, room, mask, T, V)
         next_raws = load_tile(delta_ptr, following, room, mask, T, V)
         next_dys = load_tile(dy_ptr, following, room, mask, T, V)
-        BC = load_BC(B_ptr, C_ptr, t0, L, T)
+        next_BC = load_BC(B_ptr, C_ptr, following - shift, L, 1, T)[0]
         began = saved_ptr + (i - 1) * N * width
         known = in_class < tl.where(i > 0, WIDTH, 0)
-        h = tl.load(began, mask=known, other=0.0)
+        next_h = tl.load(began - N * width, mask=in_class < tl.where(i > 1, WIDTH, 0), other=0.0)
 
         if HAS_Z:
             gates = load_tile(z_ptr, i * T, room, mask, T, V)
@@ -518,17 +547,17 @@ def scan_1d_backward(
             s = tl.load(ends_ptr, mask=mask, other=0.0)
             A = tl.load(A_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                next_n = tl.minimum(n + 1, N - 1)
-                BC_of_next = load_BC(B_ptr + next_n.to(tl.int64) * L, C_ptr + next_n.to(tl.int64) * L, t0, L, T)
-                h_of_next = tl.load(began + next_n * width, mask=known, other=0.0)
-                s_of_next = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
-                A_of_next = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
+                Bs, Cs = spread(BC, T)
+                A2 = decay_rate(A)
                 if SUMMARY:
                     s = tl.where(back > 0, s, 0.0)
                 else:
                     dA = tl.load(dA_ptr + n * channels, mask=mask, other=0.0)
-                A2 = decay_rate(A)
-                Bs, Cs = spread(BC, T)
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = load_BC(B_ptr + next_n.to(tl.int64) * L, C_ptr + next_n.to(tl.int64) * L, t0, L, 1, T)[0]
+                h_of_next = tl.load(began + next_n * width, mask=known, other=0.0)
+                s_of_next = tl.load(ends_ptr + next_n * channels, mask=mask, other=0.0)
+                A = tl.load(A_ptr + next_n * channels, mask=mask, other=0.0)
                 s, ys, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
                     steps, inputs, Bs, Cs, wide_dys, A2, h, s, ys, dinputs, dsteps, -t0, L - t0, FULL, T
                 )
@@ -545,10 +574,8 @@ def scan_1d_backward(
                         tl.store(dC_ptr + to, dCs, mask=to_mask)
                         dBs = tl.zeros((T, 8), tl.float32)
                         dCs = tl.zeros((T, 8), tl.float32)
-                BC = BC_of_next
                 h = h_of_next
                 s = s_of_next
-                A = A_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             dus = ()
@@ -568,13 +595,15 @@ def scan_1d_backward(
                 if HAS_Z:
                     gate = tl.sigmoid(zs[t])
                     dzs = dzs + (from_y[t] * ys[t] * gate * (1.0 + zs[t] * (1.0 - gate)),)
-            store_tile(du_ptr, i * T, shift, L, dus, mask, SHIFTED, C, T, V)
-            store_tile(ddelta_ptr, i * T, shift, L, draws, mask, SHIFTED, C, T, V)
+            store_tile(du_ptr, i * T, shift, L, dus, mask, PER // CLASSES, SHIFTED, C, T, V)
+            store_tile(ddelta_ptr, i * T, shift, L, draws, mask, PER // CLASSES, SHIFTED, C, T, V)
             if HAS_Z:
-                store_tile(dz_ptr, i * T, shift, L, dzs, mask, SHIFTED, C, T, V)
+                store_tile(dz_ptr, i * T, shift, L, dzs, mask, PER // CLASSES, SHIFTED, C, T, V)
         us = next_us
         raws = next_raws
         dys = next_dys
+        BC = next_BC
+        h = next_h
     if SUMMARY:
         tl.store(reach_ptr + row * channels + d, reach, mask=mask)
         if N == 1:
@@ -586,6 +615,7 @@ def scan_1d_backward(
             tl.store(dA_ptr, dA, mask=mask)
 
 
+@outside_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -638,6 +668,7 @@ def selective_scan(
     return y, last, saved
 
 
+@outside_autocast
 def selective_scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
@@ -668,7 +699,9 @@ def selective_scan_backward(
         du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
         dB, dC = (torch.empty(split.blocks, *B.shape, dtype=torch.float32, device=u.device) for _ in range(2))
         dA = _zeros(u, batch, chunks.count, d_state, channels)
-        dD, dbias = (_zeros(u, batch, chunks.count, channels) for _ in range(2))
+        # A class with fewer tiles leaves its last chunk out.
+        fill = torch.zeros if chunks.count > 1 else torch.empty
+        dD, dbias = (fill(batch, chunks.count, channels, dtype=torch.float32, device=u.device) for _ in range(2))
 
         def launch(summary: bool) -> None:
             scan_1d_backward[_grid(u, groups, chunks, split)](
@@ -747,7 +780,8 @@ def _split(u: Tensor, delta: Tensor, z: Tensor | None, groups: int) -> Split:
     steps = SECTOR // u.element_size()
     classes = steps // math.gcd(steps, u.shape[2])
     alike = len({t.element_size() for t in (u, delta, z) if t is not None}) == 1
-    if not alike or width % classes or 2 * (width // classes) < CHANNELS:  # half of a warp's threads have a channel
+    enough = 2 * (width // classes) >= CHANNELS  # half of a warp's threads have a channel
+    if not alike or not enough or width % classes or steps // classes < ALIKE_AT_LEAST:
         classes = 1
     return Split(classes, steps, classes * triton.cdiv(width // classes, CHANNELS))
 

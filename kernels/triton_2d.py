@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import outside_autocast
 from .routes import route_order, sequences
 from .triton_tiles import (
     CHANNELS,
@@ -25,13 +26,16 @@ from .triton_tiles import (
     Chunks,
     carry_chunks,
     cut,
+    fetch,
     matrix_precision,
     multiprocessors,
     sigmoid,
     softplus,
     spread,
     stack,
+    state_sectors,
     sum_channels,
+    to_tf32,
     unstack,
     walk_backward,
     walk_forward,
@@ -201,22 +205,31 @@ def scan_2d_forward(
         if not SUMMARY:
             h = tl.load(starts_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
-    at = load_positions(positions_ptr + i0 * T, T)
-    x_tile = load_rows(x_ptr, at, d, T, D, T)
-    BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
-    raws = project(load_low(p_ptr, at, S * W, R, RP), w_hi, w_lo, bias, C, T)
-    at = load_positions(positions_ptr + tl.minimum(i0 + 1, i1 - 1) * T, T)
-    next_at = load_positions(positions_ptr + tl.minimum(i0 + 2, i1 - 1) * T, T)
-    low = load_low(p_ptr, at, S * W, R, RP)
+    if N == 1:
+        at = load_positions(positions_ptr + i0 * T, T)
+        x_tile = load_rows(x_ptr, at, d, T, D, T)
+        BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+        raws = project(load_low(p_ptr, at, S * W, R, RP), w_hi, w_lo, bias, C, T)
+        at = load_positions(positions_ptr + tl.minimum(i0 + 1, i1 - 1) * T, T)
+        next_at = load_positions(positions_ptr + tl.minimum(i0 + 2, i1 - 1) * T, T)
+        low = load_low(p_ptr, at, S * W, R, RP)
     state_ptr = saved_ptr + i0.to(tl.int64) * (N * D)  # what is saved behind tile i
     for i in range(i0, i1):
-        # The next tile's loads, of delta's low-rank form the one's after it, since that tile's delta is made at the end
-        # of this one; from positions loaded before. Behind the last one, the last one's again.
-        next_x = load_rows(x_ptr, at, d, T, D, T)
-        next_BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
-        next_low = load_low(p_ptr, next_at, S * W, R, RP)
-        at = next_at
-        next_at = load_positions(positions_ptr + tl.minimum(i + 3, i1 - 1) * T, T)
+        if N == 1:
+            # The next tile's loads, of delta's low-rank form the one's after it, since that tile's delta is made at the
+            # end of this one; from positions loaded before. Behind the last one, the last one's again.
+            next_x = load_rows(x_ptr, at, d, T, D, T)
+            next_BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+            next_low = load_low(p_ptr, next_at, S * W, R, RP)
+            at = next_at
+            next_at = load_positions(positions_ptr + tl.minimum(i + 3, i1 - 1) * T, T)
+        else:
+            # This tile's: other warps' states take longer than its loads, and registers are short.
+            at = load_positions(positions_ptr + i * T, T)
+            x_tile = load_rows(x_ptr, at, d, T, D, T)
+            states = state_rows(p_ptr, at, S * W, R, N)
+            BC = tl.load(states)
+            raws = project(load_low(p_ptr, at, S * W, R, RP), w_hi, w_lo, bias, C, T)
         to = load_positions(places_ptr + i * T, T)
 
         xs = unstack(x_tile.trans(), C, T)
@@ -245,14 +258,14 @@ def scan_2d_forward(
             known = d < tl.where(known, D, 0)
             h = tl.load(began, mask=known, other=0.0)
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
-            states = state_rows(p_ptr, load_positions(positions_ptr + i * T, T), S * W, R, N)
             for n in range(0, N):
                 next_n = tl.minimum(n + 1, N - 1)
                 BC_of_next = tl.load(states + next_n)
                 h_of_next = tl.load(began + next_n * D, mask=known, other=0.0)
                 A_log_of_next = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                A2 = decay_rate(A_log)
                 Bs, Cs = spread(BC, T)
-                ys, h = walk_forward(steps, inputs, Bs, Cs, decay_rate(A_log), h, ys, T)
+                ys, h = walk_forward(steps, inputs, Bs, Cs, A2, h, ys, T)
                 if i + 1 < end:
                     tl.store(state_ptr + n * D, h, mask=mask)
                 if SUMMARY:
@@ -264,10 +277,11 @@ def scan_2d_forward(
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             store_rows(y_ptr, to, d, ys, length - i * T, D, C, T)
-        raws = project(low, w_hi, w_lo, bias, C, T)
-        x_tile = next_x
-        BC = next_BC
-        low = next_low
+        if N == 1:
+            raws = project(low, w_hi, w_lo, bias, C, T)
+            x_tile = next_x
+            BC = next_BC
+            low = next_low
         state_ptr += N * D
     if SUMMARY:
         tl.store(reach_ptr + row.to(tl.int64) * D + d, reach, mask=mask)
@@ -356,7 +370,10 @@ def scan_2d_backward(
     dp_ptr += (block * batch + b) * routes * L * W
     positions_ptr += first_tile * T
     places_ptr += first_tile * T
-    saved_ptr += (b * slots + first_tile - sequence) * N * D + d
+    saved_ptr += (b * slots + first_tile - sequence) * N * D
+    if N > 1:
+        state_lines = state_sectors(saved_ptr + block * C, D, N, C)
+    saved_ptr += d
     ends_ptr += wide_row * N * D + d
     dA_ptr += wide_row * N * D + d
     A_log_ptr += weights * N * D + d
@@ -380,34 +397,48 @@ def scan_2d_backward(
             s = tl.load(ends_ptr, mask=d < tl.where(chunks > 1, D, 0), other=0.0)
 
     last = i1 - 1
-    at = load_positions(positions_ptr + last * T, T)
-    x_tile = load_rows(x_ptr, at, d, T, D, T)
-    low = load_low(p_ptr, at, S * W, R, RP)
-    to = load_positions(places_ptr + last * T, T)
-    dy_tile = load_rows(dy_ptr, to, d, length - last * T, D, T)
-    BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
-    following = tl.maximum(last - 1, i0) * T
-    at = load_positions(positions_ptr + following, T)
-    next_to = load_positions(places_ptr + following, T)
-    next_low = load_low(p_ptr, at, S * W, R, RP)
-    next_at = load_positions(positions_ptr + tl.maximum(last - 2, i0) * T, T)
-    raws = project(low, w_hi, w_lo, bias, C, T)
     state_ptr = saved_ptr + (last - 1).to(tl.int64) * (N * D)  # what is saved before tile i
+    if N == 1:
+        at = load_positions(positions_ptr + last * T, T)
+        x_tile = load_rows(x_ptr, at, d, T, D, T)
+        low = load_low(p_ptr, at, S * W, R, RP)
+        to = load_positions(places_ptr + last * T, T)
+        dy_tile = load_rows(dy_ptr, to, d, length - last * T, D, T)
+        BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+        h = tl.load(state_ptr, mask=d < tl.where(last > 0, D, 0), other=0.0)
+        following = tl.maximum(last - 1, i0) * T
+        at = load_positions(positions_ptr + following, T)
+        next_to = load_positions(places_ptr + following, T)
+        next_low = load_low(p_ptr, at, S * W, R, RP)
+        next_at = load_positions(positions_ptr + tl.maximum(last - 2, i0) * T, T)
+        raws = project(low, w_hi, w_lo, bias, C, T)
     for back in range(0, i1 - i0):
         i = last - back
-        # The next loads, those of the tile before; before the first one, the first one's again. Of all tiles only the
-        # sequence's last can have steps behind its end, and their dy = 0: nothing comes from them.
-        next_x = load_rows(x_ptr, at, d, T, D, T)
-        next_dy = load_rows(dy_ptr, next_to, d, T, D, T)
-        next_BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
-        later_low = load_low(p_ptr, next_at, S * W, R, RP)
-        later_to = load_positions(places_ptr + tl.maximum(i - 2, i0) * T, T)
-        at = next_at
-        next_at = load_positions(positions_ptr + tl.maximum(i - 3, i0) * T, T)
+        # As in the forward. Of all tiles only the sequence's last can have steps behind its end, and their dy = 0:
+        # nothing comes from them.
+        if N == 1:
+            next_x = load_rows(x_ptr, at, d, T, D, T)
+            next_dy = load_rows(dy_ptr, next_to, d, T, D, T)
+            next_BC = tl.load(state_rows(p_ptr, at, S * W, R, N))
+            next_h = tl.load(state_ptr - N * D, mask=d < tl.where(i > 1, D, 0), other=0.0)
+            later_low = load_low(p_ptr, next_at, S * W, R, RP)
+            later_to = load_positions(places_ptr + tl.maximum(i - 2, i0) * T, T)
+            at = next_at
+            next_at = load_positions(positions_ptr + tl.maximum(i - 3, i0) * T, T)
+        else:
+            at = load_positions(positions_ptr + i * T, T)
+            to = load_positions(places_ptr + i * T, T)
+            x_tile = load_rows(x_ptr, at, d, T, D, T)
+            dy_tile = load_rows(dy_ptr, to, d, length - i * T, D, T)
+            low = load_low(p_ptr, at, S * W, R, RP)
+            states = state_rows(p_ptr, at, S * W, R, N)
+            BC = tl.load(states)
+            known = d < tl.where(i > 0, D, 0)
+            h = tl.load(state_ptr, mask=known, other=0.0)
+            fetch(state_lines + tl.maximum(i - 2, 0).to(tl.int64) * (N * D))
+            raws = project(low, w_hi, w_lo, bias, C, T)
         xs = unstack(x_tile.trans(), C, T)
         dys = unstack(dy_tile.trans(), C, T)
-        known = d < tl.where(i > 0, D, 0)
-        h = tl.load(state_ptr, mask=known, other=0.0)
 
         wide_dys = ()
         steps = ()
@@ -442,21 +473,20 @@ def scan_2d_backward(
         else:
             dBs = tl.zeros((T, 8), tl.float32)
             dCs = tl.zeros((T, 8), tl.float32)
-            states = state_rows(p_ptr, load_positions(positions_ptr + i * T, T), S * W, R, N)
             s = tl.load(ends_ptr, mask=mask, other=0.0)
             A_log = tl.load(A_log_ptr, mask=mask, other=0.0)
             for n in range(0, N):
-                next_n = tl.minimum(n + 1, N - 1)
-                BC_of_next = tl.load(states + next_n)
-                h_of_next = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
-                s_of_next = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
-                A_log_of_next = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
+                Bs, Cs = spread(BC, T)
+                A2 = decay_rate(A_log)
                 if SUMMARY:
                     s = tl.where(back > 0, s, 0.0)
                 else:
                     dA = tl.load(dA_ptr + n * D, mask=mask, other=0.0)
-                A2 = decay_rate(A_log)
-                Bs, Cs = spread(BC, T)
+                next_n = tl.minimum(n + 1, N - 1)
+                BC = tl.load(states + next_n)
+                h_of_next = tl.load(state_ptr + next_n * D, mask=known, other=0.0)
+                s_of_next = tl.load(ends_ptr + next_n * D, mask=mask, other=0.0)
+                A_log = tl.load(A_log_ptr + next_n * D, mask=mask, other=0.0)
                 s, _, dinputs, dsteps, dA_tile, into_B, into_C = walk_backward(
                     steps, inputs, Bs, Cs, wide_dys, A2, h, s, wide_dys, dinputs, dsteps, 0, rest, FULL, T
                 )
@@ -472,10 +502,8 @@ def scan_2d_backward(
                         tl.store(dp_rows[:, None] + (R + N + first + eight)[None, :], dCs, mask=columns_done)
                         dBs = tl.zeros((T, 8), tl.float32)
                         dCs = tl.zeros((T, 8), tl.float32)
-                BC = BC_of_next
                 h = h_of_next
                 s = s_of_next
-                A_log = A_log_of_next
             tl.debug_barrier()  # the tile that follows reads the states written here, perhaps from other threads
         if not SUMMARY:
             into_raw = ()
@@ -489,17 +517,21 @@ def scan_2d_backward(
                 dxs = dxs + (dx,)
             store_rows(dx_ptr, to, d, dxs, length - i * T, D, C, T)
             draws = stack(into_raw, C, T)
+            if PRECISION == "tf32":
+                draws = to_tf32(draws)  # delta's projection has its gradient in float32
             dlow = tl.dot(draws.trans(), weight, input_precision=PRECISION)
             tl.store(dp_rows[:, None] + r[None, :], dlow, mask=in_route[:, None] & (r < R)[None, :])
             dweight = tl.dot(draws, low.to(tl.float32), dweight, input_precision=PRECISION)
-        raws = project(next_low, w_hi, w_lo, bias, C, T)
-        low = next_low
-        next_low = later_low
-        x_tile = next_x
-        dy_tile = next_dy
-        BC = next_BC
-        to = next_to
-        next_to = later_to
+        if N == 1:
+            raws = project(next_low, w_hi, w_lo, bias, C, T)
+            low = next_low
+            next_low = later_low
+            x_tile = next_x
+            dy_tile = next_dy
+            BC = next_BC
+            h = next_h
+            to = next_to
+            next_to = later_to
         state_ptr -= N * D
     if SUMMARY:
         tl.store(reach_ptr + wide_row * D + d, reach, mask=mask)
@@ -532,6 +564,7 @@ class Plan(NamedTuple):
     tiles: tuple[int, ...]
 
 
+@outside_autocast
 def selective_scan_2d(
     x: Tensor,
     x_dbl: Tensor,
@@ -584,6 +617,7 @@ def selective_scan_2d(
     return out, saved
 
 
+@outside_autocast
 def selective_scan_2d_backward(
     dy: Tensor,
     saved: Tensor,

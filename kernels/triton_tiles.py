@@ -69,11 +69,12 @@ def stack(columns, C: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def softplus(x, EXACT: tl.constexpr):
-    """log(1 + exp(x)), with full relative accuracy however small it gets.
+    """log(1 + exp(x)), with relative accuracy however small it gets.
 
     max(x, 0) + log1p(e) with e = exp(-|x|) in (0, 1], where log1p(e) / e is a polynomial (of least relative error on
-    that interval: computed in float32 3e-7, or 9e-6 where inputs are 16 bits wide). One exponential, no logarithm,
-    whose hardware version is only absolutely accurate near 1.
+    that interval: computed in float32 3e-7, or 9e-6 where inputs are 16 bits wide). To that comes the rounding of
+    x * log2(e), which makes an error of 6e-8 |x| in e. One exponential, no logarithm, whose hardware version is only
+    absolutely accurate near 1.
     """
     e = tl.exp2(tl.abs(x) * -LOG2_E)
     if EXACT:
@@ -97,6 +98,12 @@ def softplus(x, EXACT: tl.constexpr):
 def sigmoid(x, step):
     """The derivative of step = softplus(x): exp(x - softplus(x)), accurate at both ends."""
     return tl.exp2((x - step) * LOG2_E)
+
+
+@triton.jit
+def finite_rate(A2):
+    """A * log2(e), at least -3e38: what is no step has Δ = 0, and multiplies it."""
+    return tl.maximum(A2, -3e38, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -166,6 +173,25 @@ def sum_channels(columns, sums, column, C: tl.constexpr, T: tl.constexpr, PRECIS
 
 
 @triton.jit
+def state_sectors(saved_ptr, stride, N: tl.constexpr, C: tl.constexpr):
+    """Pointers to the 32-byte sectors of C channels' N states, rows of `stride` apart; some stand twice."""
+    SECTORS: tl.constexpr = C // 8
+    at = tl.arange(0, triton.next_power_of_2(N) * SECTORS)
+    return saved_ptr + (tl.minimum(at // SECTORS, N - 1) * stride + at % SECTORS * 8)
+
+
+@triton.jit
+def fetch(sectors):
+    """Brings sectors to the L2 cache, and waits for nothing.
+
+    Saved states come from further away than the work on one state hides.
+    """
+    if not INTERPRETED:
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [sectors.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def widen(x):
     """In float32, in a way that the compiler leaves where it stands.
 
@@ -180,6 +206,14 @@ def widen(x):
     else:
         wide = x
     return wide
+
+
+@triton.jit
+def to_tf32(x):
+    """Rounds to the nearest value of tf32, where the matrix units would cut off."""
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return x
 
 
 @triton.jit
@@ -223,7 +257,7 @@ def carry_chunks(
     d = tl.program_id(1) * C + tl.arange(0, C)
     n = tl.program_id(2)
     mask = d < D
-    A2 = tl.load(A_ptr + (row % sequences * N + n) * D + d, mask=mask, other=0.0)
+    A2 = finite_rate(tl.load(A_ptr + (row % sequences * N + n) * D + d, mask=mask, other=0.0))
     value = tl.zeros((C,), tl.float32)
     if HAS_INITIAL:
         value = tl.load(initial_ptr + (row * N + n) * D + d, mask=mask, other=0.0)
@@ -237,9 +271,12 @@ def carry_chunks(
 
 
 def matrix_precision(*inputs: Tensor) -> str:
-    """How the backward's matrix units multiply: as float32, or bf16 inputs as tf32, which drops bits they don't have.
+    """How the backward's matrix units multiply: as float32, or with bf16 inputs as tf32.
 
-    The 10 bits that tf32 keeps of a product's operands are all that fp16 has, and it cuts the rest off.
+    Of an operand that is float32 tf32 cuts off all but 10 bits, 2^-11 on average. Where sums of such products leave in
+    bf16 (B's, C's and delta's low-rank form's gradients), that is lost in the output's rounding; where they leave in
+    float32 (delta's projection), operands are rounded first (`to_tf32`), so that errors cancel in the sum. The 10 bits
+    are all that fp16 has, so that fp16 is multiplied as float32.
     """
     narrow = {t.dtype for t in inputs} == {torch.bfloat16}
     return "tf32" if narrow else "tf32x3"

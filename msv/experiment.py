@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,7 @@ log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 DEFAULT_RECIPE = Path("recipes/digits.yaml")
-DESCRIPTION = (
-    "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained. Beside "
-    "these: tables (make them again from records), keep (publish finished runs), profile (parameters and FLOPs), "
-    "compare (the paper's systems side by side), benchmark (time the scan and networks), convert (published weights "
-    "for timm), export (a network for torch.export or ONNX); each has its own --help."
-)
+DESCRIPTION = "One YAML is one experiment: fit carries out its grid, validate, test and predict use what was trained."
 FROM_DATA = {f"--model.{part}{name}" for part in ("", "init_args.") for name in ("in_chans", "num_classes")}
 # What is trained; the rest of a command's options say what to do with it.
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ema")
@@ -69,6 +64,7 @@ class ExperimentCLI(LightningCLI):
         args: arguments of the command line, or a config as a dict.
         run: whether the first argument is a command to carry out; False builds the objects only.
         run_grid: what ``fit`` calls when there is a ``grid:`` section, for an exit status.
+        beside: commands that stand beside these, and what they do, for ``--help``.
         folder: a run's folder, which takes its logs and ``last.ckpt``; None leaves both to Lightning.
     """
 
@@ -78,6 +74,7 @@ class ExperimentCLI(LightningCLI):
         run: bool = True,
         run_grid: "Callable[[ExperimentCLI], int] | None" = None,
         folder: Path | None = None,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         self.status = 0
         self.grid: Grid | None = None
@@ -94,6 +91,8 @@ class ExperimentCLI(LightningCLI):
                 ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
             )
         strict: dict[str, Any] = {"exit_on_error": False}
+        others = ", ".join(f"{name} ({what})" for name, what in (beside or {}).items())
+        description = f"{DESCRIPTION} Beside these: {others}; each has its own --help." if others else DESCRIPTION
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -104,7 +103,7 @@ class ExperimentCLI(LightningCLI):
             trainer_defaults={"devices": 1, "enable_model_summary": False, "callbacks": callbacks},
             seed_everything_default=0,
             parser_kwargs=(
-                {**strict, "description": DESCRIPTION, **{name: dict(strict) for name in self.subcommands()}}
+                {**strict, "description": description, **{name: dict(strict) for name in self.subcommands()}}
                 if run
                 else strict
             ),

@@ -9,8 +9,8 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def shipped_grids() -> list[Path]:
-    """The YAML files of `experiments/` that compare networks."""
-    return sorted(path for path in EXPERIMENTS.glob("*.yaml") if path.stem != "train")
+    """The YAML files of `experiments/` that compare networks; not the one that trains one, nor those that search."""
+    return sorted(path for path in EXPERIMENTS.glob("*.yaml") if not path.stem.startswith(("train", "search_")))
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -23,6 +23,8 @@ class Grid:
         rerun: what to do with runs that have a record: "failed" runs failed ones again and resumes unfinished ones,
             "all" moves every old run aside and starts afresh, "none" starts only runs that have no record.
         dry_run: print the cells and their commands, and train nothing.
+        test: whether a run ends with the test split. False ends it with the validation split, to choose by: such runs
+            are others than tested ones, and their tables show val top-1.
         only: names of the only cells to run now, for job arrays; the grid and its table stay whole.
     """
 
@@ -37,4 +39,5 @@ class Grid:
     results: str = "results"
     rerun: Literal["failed", "all", "none"] = "failed"
     dry_run: bool = False
+    test: bool = True
     only: list[str] = field(default_factory=list)

@@ -54,6 +54,11 @@ def commit(repo_root: Path | None = None) -> str:
     return os.environ.get("MSV_COMMIT") or "unknown"
 
 
+def names_code(commit: str) -> bool:
+    """Whether a commit says which code ran: it is known, and nothing differed from it."""
+    return commit not in ("", "unknown") and not commit.endswith("+dirty")
+
+
 def in_history(commit: str, repo_root: Path | None = None) -> bool | None:
     """Whether a commit is the one that is checked out or an ancestor of it; None where there is no repository to ask.
 

@@ -36,6 +36,12 @@ def where() -> dict[str, str]:
     return {name: "1" if name == "threads" else f"a {name}" for name in ENVIRONMENT}
 
 
+@pytest.fixture
+def clean_commit(monkeypatch):
+    """The commit that is running, with nothing changed beside it, whatever the state of this repository."""
+    monkeypatch.setattr("msv.provenance.commit", lambda: "0123456789ab")
+
+
 class CfgNode(dict):
     """Stands in for yacs', which keeps its flags in the instance and its values in the dict."""
 

@@ -41,6 +41,38 @@ def test_a_row_cut_short(kept, where):
         kept.read()
 
 
+@pytest.mark.parametrize("status", ["failed", "does not fit"])
+def test_what_failed_takes_no_place_of_what_is_done_here(tmp_path, where, status):
+    kept = Kept(tmp_path / "rows.csv", ("name", "status", "ms"), ("name", "device"))
+    done = kept.put({"name": "a", "status": "done", "ms": 1}, where)
+    assert kept.put({"name": "a", "status": status}, where)["status"] == status
+    assert kept.read() == [done]
+    assert kept.put({"name": "a", "status": "done", "ms": 2}, where)["ms"] == "2"
+    kept.put({"name": "a", "status": status}, where | {"commit": "another"})
+    assert [row["status"] for row in kept.read()] == [status]
+
+
+def test_threads_tell_a_cpu_s_rows_apart(tmp_path, where):
+    kept = Kept(tmp_path / "rows.csv", ("name",), ("name", "device", "threads"))
+    for cuda, rows in (("", 2), ("13.0", 3)):
+        for threads in ("1", "8"):
+            kept.put({"name": "a"}, where | {"cuda": cuda, "threads": threads, "device": f"a device, {cuda}"})
+        assert len(kept.read()) == rows
+
+
+def test_an_older_file_has_fewer_columns(kept, where):
+    kept.path.parent.mkdir()
+    kept.path.write_text("device,name,value\na GPU,a,1\n")
+    (row,) = kept.read()
+    assert tuple(row) == (*kept.columns, *where)
+    assert (row["name"], row["value"], row["device"], row["error"], row["commit"]) == ("a", "1", "a GPU", "", "")
+    kept.put({"name": "b"}, where)
+    assert [row["name"] for row in kept.read()] == ["a", "b"]
+    kept.path.write_text("device,value\na GPU,1\n")
+    with pytest.raises(ValueError, match="expected name"):
+        kept.read()
+
+
 def test_numbers():
     assert number({"x": ""}, "x") is None
     assert number({"x": "2.5"}, "x") == 2.5

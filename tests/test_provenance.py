@@ -3,7 +3,7 @@ import subprocess
 import pytest
 import torch
 
-from msv.provenance import commit, environment, in_history
+from msv.provenance import commit, environment, in_history, names_code
 
 
 def test_environment():
@@ -77,3 +77,9 @@ def test_commit_without_a_repository_of_its_own(repository, monkeypatch):
     monkeypatch.setenv("MSV_COMMIT", "abc")
     assert commit(inside) == "abc"
     assert commit(repository / "not there") == "abc"
+
+
+def test_which_commits_say_what_ran():
+    assert names_code("0123456789ab")
+    for other in ("", "unknown", "0123456789ab+dirty"):
+        assert not names_code(other)

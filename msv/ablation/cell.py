@@ -1,4 +1,4 @@
-"""One run, in a process of its own: train, test, and leave a record."""
+"""One run, in a process of its own: train, test or validate, and leave a record."""
 
 import logging
 import multiprocessing
@@ -104,7 +104,11 @@ def _no_device_yet() -> dict[str, Any]:
 
 
 def _train(folder: Path) -> dict[str, Any]:
-    """Fit, then test averaged and raw weights; returns the record's fields (empty but in the first process of DDP)."""
+    """Fit, then test averaged and raw weights, or validate them where the run is not to be tested.
+
+    Returns:
+        The record's fields; nothing but in the first process of DDP.
+    """
     config = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     cli = ExperimentCLI(args=config, run=False, folder=folder)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
@@ -122,28 +126,30 @@ def _train(folder: Path) -> dict[str, Any]:
     }
     rank, device = trainer.global_rank, trainer.strategy.root_device
     if torch.distributed.is_initialized():
-        # The test below is of one process: samplers of several may pad the split with repeated images.
+        # The evaluation below is of one process: samplers of several may pad the split with repeated images.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank != 0:
         return {}
 
     checkpoint = read_checkpoint(last)
-    tester = pl.Trainer(
+    judge = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
         devices=[device.index or 0] if device.type == "cuda" else 1,
         precision=trainer.precision,
+        limit_val_batches=trainer.limit_val_batches,
         limit_test_batches=trainer.limit_test_batches,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    evaluate = judge.test if read_record(folder / RECORD_NAME).get("tested", True) else judge.validate
     metrics: dict[str, float] = {}
     for key, suffix in (("state_dict", ""), ("current_model_state", "_raw")):
         model.load_state_dict(checkpoint[key])
-        tester.test(model, datamodule=data, verbose=False)
-        metrics |= {name + suffix: float(value) for name, value in tester.callback_metrics.items()}
+        evaluate(model, datamodule=data, verbose=False)
+        metrics |= {name + suffix: float(value) for name, value in judge.callback_metrics.items()}
 
     rows = cli.history.rows
     return {

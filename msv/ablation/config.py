@@ -92,8 +92,8 @@ def get_path(config: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Eight hex digits of what a run trains: the resolved config in canonical JSON.
+def config_hash(config: Mapping[str, Any], tested: bool = True) -> str:
+    """Eight hex digits of what a run trains, and is judged by: the resolved config in canonical JSON.
 
     Left out are paths and the settings of devices, processes, compilation, logs and progress bars: the same training
     elsewhere has the same hash. The seed counts as ``seed_everything``, not as the copies that follow it in the data
@@ -103,6 +103,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
     Args:
         config: resolved, as plain dicts and lists.
+        tested: whether the run ends with the test split; one that does not is another run.
     """
     counted = {key: _copy(value) for key, value in config.items() if key not in _TOP_LEFT_OUT}
     trainer = counted.get("trainer")
@@ -128,6 +129,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
                 for name, before in _CAME_LATER.items():
                     if options.get(name) == before:
                         del options[name]
+    if not tested:
+        counted["tested"] = False
     return hashlib.sha256(canonical(counted).encode()).hexdigest()[:8]
 
 

@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a cell with one seed, its whole config, and the folder it lives in."""
+    """One training: a cell with one seed, its whole config, the folder it lives in, and whether it ends with a test."""
 
     grid: str
     recipe: str
@@ -51,6 +51,7 @@ class Run:
     config: dict[str, Any]
     config_hash: str
     folder: Path
+    tested: bool = True
 
 
 def expand(grid: Grid) -> list[Cell]:
@@ -125,7 +126,7 @@ def resolve_runs(
                 config = config if resolve is None else resolve(config)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"cell {cell.name!r} of grid {grid.name!r}: {error}") from error
-            digest = config_hash(config)
+            digest = config_hash(config, grid.test)
             twin = twins.setdefault(digest, cell.name)
             if twin != cell.name:
                 raise ValueError(
@@ -134,7 +135,7 @@ def resolve_runs(
                 )
             full = replace(cell, toggles=cell_toggles(cell, config, short))
             folder = run_folder(grid_folder(grid, recipe), cell.name, seed, digest)
-            runs.append(Run(grid.name, recipe, full, seed, config, digest, folder))
+            runs.append(Run(grid.name, recipe, full, seed, config, digest, folder, grid.test))
     return runs
 
 
@@ -207,7 +208,7 @@ def write_grid_file(grid: Grid, runs: Sequence[Run], command: str) -> Path:
         for name, (sample,) in first.items():
             hashes = {run.seed: run.config_hash for run in runs if run.cell.name == name}
             for seed, digest in before.get(name, {"runs": {}})["runs"].items():
-                if seed not in hashes and config_hash(with_seed(sample.config, seed)) == digest:
+                if seed not in hashes and config_hash(with_seed(sample.config, seed), grid.test) == digest:
                     hashes[seed] = digest
             listed[name] = {"toggles": _plain(sample.cell.toggles), "runs": dict(sorted(hashes.items()))}
         content = {
@@ -216,6 +217,7 @@ def write_grid_file(grid: Grid, runs: Sequence[Run], command: str) -> Path:
             "baseline": grid.baseline,
             "against": dict(grid.against),
             "groups": {title: dict(cells) for title, cells in grid.groups.items()},
+            "test": grid.test,
             "results": Path(grid.results).as_posix(),
             "command": command,
             "toggles": list(toggle_names([key for cell in cells for key in cell.overrides]).values()),
@@ -229,8 +231,8 @@ def read_grid_file(folder: Path) -> dict[str, Any]:
     """Read the ``grid.yaml`` of a grid's folder.
 
     Returns:
-        ``name, recipe, baseline, against, groups, results, command, toggles`` and ``cells``: name -> {"toggles": {...},
-        "runs": {seed: hash}}.
+        ``name, recipe, baseline, against, groups, test, results, command, toggles`` and ``cells``: name -> {"toggles":
+        {...}, "runs": {seed: hash}}.
 
     Raises:
         FileNotFoundError: there is none.
@@ -256,8 +258,11 @@ def read_grid_file(folder: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{path}: cell {name!r} lists {seed!r}: {digest!r}, expected seed: 8 hex digits; {fix}"
                 )
-    # A file of an earlier version has no groups.
-    return {"against": {}, "groups": {}, "results": "results", **content}
+    # A file of an earlier version has no groups, and says nothing of the test.
+    listed = {"against": {}, "groups": {}, "test": True, "results": "results", **content}
+    if not isinstance(listed["test"], bool):
+        raise ValueError(f"{path}: 'test' is {listed['test']!r}, expected true or false; {fix}")
+    return listed
 
 
 def check_results_root(path: Path) -> None:

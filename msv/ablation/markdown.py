@@ -78,10 +78,12 @@ def _head(table: Table) -> list[tuple[str, str]]:
     every = [(cell, record) for cell, runs in table.records.items() for record in runs.values() if record is not None]
     # What the numbers stand on are the finished runs; before there is one, the others say what is under way.
     used = [(cell, record) for cell, record in every if record["status"] == "done"] or every
+    not_tested = "runs end with validation (`grid.test: false`), to choose by: no number here is of the test split"
     head = [
-        ("Data", _agreed(used, describe_data)),
-        ("Augmentation", _agreed(used, _augmentation)),
-        ("Schedule", _agreed(used, _schedule)),
+        ("Not tested", "" if table.tested else not_tested),
+        ("Data", _agreed(used, describe_data, _varies(table, "difficulty", "image_size"))),
+        ("Augmentation", _agreed(used, _augmentation, _varies(table, "max_shift", "hflip"))),
+        ("Schedule", _agreed(used, _schedule, _varies(table, "lr", "batch_size", "max_epochs"))),
         ("Cut short", _agreed(used, _limits) if any(map(_limits, (record for _, record in used))) else ""),
         ("Seeds", _seeds(table)),
         ("Commit", _agreed(used, lambda record: str(_section(record, "env").get("commit") or "unknown"))),
@@ -207,8 +209,13 @@ def _errors(table: Table) -> str:
     return "\n".join(["Failed runs:", "", *lines]) if lines else ""
 
 
-def _agreed(used: Sequence[tuple[str, Record]], describe: Callable[[Record], str]) -> str:
-    """What the records say of one thing; each version with its cells where they do not agree."""
+def _varies(table: Table, *options: str) -> bool:
+    """Whether the grid itself varies one of some options."""
+    return any(name.rpartition(".")[2] in options for name in table.toggles)
+
+
+def _agreed(used: Sequence[tuple[str, Record]], describe: Callable[[Record], str], varies: bool = False) -> str:
+    """What the records say of one thing; each version with its cells where they do not agree, or are not to."""
     if not used:
         return "no run has left a record yet"
     versions: dict[str, list[str]] = {}
@@ -219,7 +226,8 @@ def _agreed(used: Sequence[tuple[str, Record]], describe: Callable[[Record], str
     if len(versions) == 1:
         return next(iter(versions))
     told = (f"{text or NONE} ({', '.join(f'`{cell}`' for cell in cells)})" for text, cells in versions.items())
-    return "**the records disagree**: " + "; ".join(told)
+    varies = varies and sum(map(len, versions.values())) == len({cell for cell, _ in used})
+    return ("by cell: " if varies else "**the records disagree**: ") + "; ".join(told)
 
 
 def _section(record: Record, name: str) -> Mapping[str, Any]:

@@ -8,15 +8,19 @@ from pathlib import Path
 from rich.console import Console
 
 from msv.ablation.profile_tables import FORMATS, Line
-from msv.ablation.step_trace import MODES, PRECISIONS, trace_step
+from msv.ablation.step_trace import trace_step
 from msv.ablation.subjects import GRIDS, subjects
 from msv.files import shipped_grids, write_atomic
 from msv.models import PRESETS
 from msv.models.network import MIN_SIZE
 from msv.profiling import profile_model
+from msv.profiling.devices import DEVICES
+from msv.profiling.steps import MODES, PRECISIONS
 
 # What the paper's counts are of: channels, height and width, classes.
 PAPER_SETTING = (3, (224, 224), 1000)
+_TRACED = ("inference", "mode", "precision", "device", "steps")
+"""Options that say how a step is traced."""
 _BY_SUFFIX = {".csv": "csv", ".md": "markdown", ".json": "json", ".txt": "table"}
 
 
@@ -32,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = _size(options)
     named = [*options.models, *options.model]
     style = _format(options)
+    _check(options)
     if options.trace is not None:
         return trace_step(named, size, style, options)
     console, status = Console(soft_wrap=True, markup=False, highlight=False), Console(stderr=True)
@@ -68,6 +73,17 @@ def _size(options: argparse.Namespace) -> tuple[int, int]:
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch_size is {options.batch_size}; expected 1 or more")
     return height, width
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that what is asked for has no use of."""
+    given = [name for name in _TRACED if (value := getattr(options, name)) is not None and value is not False]
+    if given and options.trace is None:
+        raise ValueError(f"--{given[0]} belongs to --trace FILE; add that")
+    if options.trace is not None and (options.memory or options.parts is not None):
+        raise ValueError(f"--{'memory' if options.memory else 'parts'} belongs to counting; give it without --trace")
+    if options.batch_size is not None and not options.memory and options.trace is None:
+        raise ValueError("--batch_size belongs to --memory or --trace FILE; add one of them")
 
 
 def _format(options: argparse.Namespace) -> str:
@@ -123,10 +139,10 @@ def _parser() -> argparse.ArgumentParser:
         "and show how the time falls to families of kernels",
     )
     traced.add_argument("--inference", action="store_true", help="a forward in evaluation mode instead")
-    traced.add_argument("--mode", choices=MODES, default="eager", help="compiled; or graphs, with CUDA graphs, too")
-    traced.add_argument("--precision", choices=PRECISIONS, help="default: bf16; on a CPU float32")
-    traced.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    traced.add_argument("--steps", type=int, default=3, metavar="N", help="steps that are profiled (default: 3)")
+    traced.add_argument("--mode", choices=tuple(MODES), help="default: eager; graphs: compiled, with CUDA graphs")
+    traced.add_argument("--precision", choices=tuple(PRECISIONS), help="default: bf16; on a CPU float32")
+    traced.add_argument("--device", choices=DEVICES, help="default: auto, a GPU if there is one")
+    traced.add_argument("--steps", type=int, metavar="N", help="steps that are profiled (default: 3)")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--format", choices=list(FORMATS), help="default: the one of --out's name, else table")
     formats.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")

@@ -73,6 +73,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def judged_by(tested: bool) -> Literal["test", "val"]:
+    """The split that a run ends with, whose metrics its record has: `test_top1`, or `val_top1` without a test."""
+    return "test" if tested else "val"
+
+
 def _problem(record: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a record, None if nothing is."""
     for key, kind in _IDENTITY.items():
@@ -81,13 +86,20 @@ def _problem(record: Mapping[str, Any]) -> str | None:
             return f"{key!r} is {value!r}, expected {kind.__name__}"
     if record["status"] not in RUN_STATUSES:
         return f"'status' is {record['status']!r}, expected one of {', '.join(RUN_STATUSES)}"
+    tested = record.get("tested", True)  # said of runs alone that are not
+    if not isinstance(tested, bool):
+        return f"'tested' is {tested!r}, expected true or false"
     for key in _SECTIONS:
         if not isinstance(record.get(key) or {}, Mapping):
             return f"{key!r} is {record[key]!r}, expected an object"
     if record["status"] == "done":
-        top1 = (record.get("metrics") or {}).get("test_top1")
+        metrics, name = record.get("metrics") or {}, f"{judged_by(tested)}_top1"
+        top1 = metrics.get(name)
         if not isinstance(top1, (int, float)) or not 0 <= top1 <= 1:
-            return f"the run is done and its metrics.test_top1 is {top1!r}, expected a fraction from 0 to 1"
+            return f"the run is done and its metrics.{name} is {top1!r}, expected a fraction from 0 to 1"
+        seen = [] if tested else [metric for metric in metrics if metric.startswith("test")]
+        if seen:
+            return f"'tested' is False, and there are {', '.join(seen)}; expected nothing of the test split"
     return None
 
 

@@ -16,10 +16,10 @@ class Row:
         cell: its name.
         toggles: short name -> value, of those that can act in its network.
         status: "done", "running", "unfinished", "failed" or "missing", with counts where its seeds are not alike.
-        top1: test top-1 in percent by seed, of finished runs.
+        top1: top-1 of the table's split in percent by seed, of finished runs.
         top1_mean: their mean.
         top1_std: their sample standard deviation.
-        top1_raw_mean: mean test top-1 of the raw weights, in percent.
+        top1_raw_mean: mean top-1 of the raw weights, in percent.
         counts: parameters and FLOPs as the record has them.
         difference: to the baseline in points; None of the baseline itself.
         p_holm: p-value after Holm's correction over the table's rows.
@@ -88,6 +88,7 @@ class Table:
         rows: one a cell, those of one group together.
         records: cell -> seed -> record; None where a run left none.
         again: what a user types to make the table again from the records.
+        tested: whether its runs end with the test split; else with validation, for choices.
     """
 
     name: str
@@ -98,10 +99,13 @@ class Table:
     rows: Sequence[Row]
     records: Mapping[str, Mapping[int, Mapping[str, Any] | None]]
     again: str = "python cli.py tables"
+    tested: bool = True
 
     @property
     def split(self) -> str:
         """The split that top-1 is of: "test", "val", or both where the records disagree."""
+        if not self.tested:
+            return "val"
         runs = [record for cell in self.records.values() for record in cell.values() if record is not None]
         splits = {(record.get("data") or {}).get("test_split", "test") for record in runs}
         return " or ".join(sorted(splits)) or "test"

@@ -21,7 +21,7 @@ from rich.console import Console
 from msv.ablation import cell as cell_process
 from msv.ablation.check import check_runs, check_same_data, resolve_all
 from msv.ablation.grid import Run, check_results_root, grid_folder, selected, write_grid_file
-from msv.ablation.records import RECORD_NAME, read_record, write_record
+from msv.ablation.records import RECORD_NAME, judged_by, read_record, write_record
 from msv.ablation.tables import make_table
 from msv.ablation.twins import find_twins, take_over
 from msv.experiment import LAST, ExperimentCLI
@@ -153,7 +153,8 @@ def _run_one(
         tally.seconds += time.monotonic() - begin
         tally.timed += 1
         took = duration(time.monotonic() - begin)
-        console.print(f"  done in {took}: test top-1 {100 * record['metrics']['test_top1']:.2f}%")
+        split = judged_by(run.tested)
+        console.print(f"  done in {took}: {split} top-1 {100 * record['metrics'][f'{split}_top1']:.2f}%")
     else:
         tally.failed += 1
         console.print(f"  {record['status']}: {record['error']}", style="red", markup=False)
@@ -231,6 +232,7 @@ def _prepare(cli: ExperimentCLI, run: Run) -> None:
         "schedule": {},
         "timing": {"started": cell_process.now(), "finished": None, "train_seconds": None, "images_per_second": None},
         "env": {},
+        **({} if run.tested else {"tested": False}),
     }
     write_record(path, {**fresh, **known, "status": "running", "command": cell_command(cli.words, run), "error": None})
 

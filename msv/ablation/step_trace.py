@@ -14,10 +14,10 @@ from rich.table import Table
 from msv.ablation.markdown import pipe_table
 from msv.ablation.subjects import subjects
 from msv.files import write_atomic
+from msv.profiling.devices import chosen_device
+from msv.profiling.steps import random_step
 from msv.profiling.trace import Trace, trace
 
-MODES = ("eager", "compiled", "graphs")
-PRECISIONS = ("bf16", "float32")
 LONGEST = 12
 """Kernels that stand below the families, where a table is printed."""
 
@@ -45,28 +45,20 @@ def trace_step(named: Sequence[str], size: tuple[int, int], style: str, options:
         raise ValueError(f"--trace takes one model, and {len(chosen)} are named; name a preset, such as msvmamba_nano")
     if options.trace.suffixes[-2:] != [".json", ".gz"] and options.trace.suffix != ".json":
         raise ValueError(f"--trace {options.trace}: expected a file that ends in .json or .json.gz")
-    if options.steps < 1:
-        raise ValueError(f"--steps is {options.steps}; expected 1 or more")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no GPU here; use --device cpu, or auto for what there is")
-    from msv.profiling.steps import inference_step, training_step  # Lightning is heavy, and counting needs none of it
-
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    steps = 3 if options.steps is None else options.steps
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}; expected 1 or more")
+    device, mode = chosen_device(options.device or "auto"), options.mode or "eager"
     precision = options.precision or ("bf16" if device.type == "cuda" else "float32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    task = "inference" if options.inference else "training"
     batch = options.batch_size or (128 if device.type == "cuda" else 8)
     network = chosen[0].factory(options.in_chans, options.num_classes).to(device)
-    images = torch.randn(batch, options.in_chans, *size, device=device)
-    if options.inference:
-        step = inference_step(network.to(dtype), images.to(dtype), options.mode)
-    else:
-        labels = torch.randint(options.num_classes, (batch,), device=device)
-        step = training_step(network, images, labels, options.mode, None if dtype is torch.float32 else dtype)
+    step = random_step(network, (batch, options.in_chans, *size), options.num_classes, task, mode, precision)
     with Console(stderr=True).status("tracing"):
-        found = trace(step.work, device, options.trace, options.steps)
+        found = trace(step.work, device, options.trace, steps)
     what = "forward" if options.inference else "training step"
     title = (
-        f"{chosen[0].name}, {what}, {options.mode}, {precision}, {batch} images of {size[0]}×{size[1]}, "
+        f"{chosen[0].name}, {what}, {mode}, {precision}, {batch} images of {size[0]}×{size[1]}, "
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}: "
         f"{1e3 * found.seconds / found.steps:.4g} ms, the profiler's part included"
     )

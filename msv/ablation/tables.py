@@ -17,7 +17,7 @@ from msv.ablation.markdown import render_markdown
 from msv.ablation.names import acting, format_value
 from msv.ablation.paper import paper_row
 from msv.ablation.plots import plot_accuracy
-from msv.ablation.records import RECORD_NAME, read_record
+from msv.ablation.records import RECORD_NAME, judged_by, read_record
 from msv.ablation.rows import Row, Table
 from msv.ablation.statistics import holm, mean, paired_difference, sample_std
 from msv.files import write_atomic
@@ -68,7 +68,8 @@ def load_table(folder: Path) -> Table:
         name: {seed: current_record(folder, name, seed, digest) for seed, digest in sorted(cell["runs"].items())}
         for name, cell in listed["cells"].items()
     }
-    top1 = {name: _done(runs, "test_top1") for name, runs in records.items()}
+    metric = f"{judged_by(listed['test'])}_top1"
+    top1 = {name: _done(runs, metric) for name, runs in records.items()}
     baseline = listed["baseline"]
     against = {name: listed["against"].get(name, baseline if name != baseline else None) for name in records}
     differences = {name: paired_difference(top1[name], top1.get(other, {})) for name, other in against.items()}
@@ -93,7 +94,7 @@ def load_table(folder: Path) -> Table:
                 top1=top1[name],
                 top1_mean=mean(list(top1[name].values())),
                 top1_std=sample_std(list(top1[name].values())),
-                top1_raw_mean=mean(list(_done(runs, "test_top1_raw").values())),
+                top1_raw_mean=mean(list(_done(runs, f"{metric}_raw").values())),
                 counts=counts,
                 difference=differences[name],
                 p_holm=corrected[name],
@@ -112,6 +113,7 @@ def load_table(folder: Path) -> Table:
         rows=rows,
         records=records,
         again=_command_again(folder, listed),
+        tested=listed["test"],
     )
 
 
@@ -129,7 +131,7 @@ def _command_again(folder: Path, listed: Mapping[str, Any]) -> str:
 
 def render_csv(table: Table) -> str:
     """The table as CSV: accuracies in percent, differences in points, counts in 10^6 and 10^9, no value as nothing."""
-    fixed = [*_csv_fields(table.rows[0])] if table.rows else []
+    fixed = [*_csv_fields(table.rows[0]), "split"] if table.rows else []
     # A toggle may be called as a column is; the columns keep their names.
     toggles = [f"toggle_{name}" if name in {"cell", *fixed} else name for name in table.toggles]
     out = io.StringIO()
@@ -137,7 +139,7 @@ def render_csv(table: Table) -> str:
     writer.writerow(["cell", *toggles, *fixed])
     for row in table.rows:
         values = [format_value(row.toggles[name]) if name in row.toggles else "" for name in table.toggles]
-        writer.writerow([row.cell, *values, *_csv_fields(row).values()])
+        writer.writerow([row.cell, *values, *_csv_fields(row).values(), table.split])
     return out.getvalue()
 
 

@@ -6,28 +6,43 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
-from torch import nn
 
-from msv.comparison.systems import create, find
+from msv.comparison.systems import find
 from msv.data.in_memory import InMemoryData, Labelled
 from msv.experiment import quiet
-from msv.kept import Kept, Row, here, number, place
-from msv.profiling.measuring import FAILED, measure, missing
-from msv.profiling.steps import training_step
-from msv.profiling.timing import torch_threads
+from msv.kept import FAILED, Row
+from msv.profiling import networks
+from msv.profiling.commands import add_options, checked_device, command_line, kept_file, measure_all, say, wide_console
+from msv.profiling.devices import wait_for
+from msv.profiling.networks import CLASSES, make_step
+from msv.profiling.timing import Work, torch_threads
 from msv.tasks import EMA, Classification, History
 
-from .networks import CLASSES, KEY, PRECISIONS, Case, add_options, chosen_device, command, file_stem, say
+from .options import add_ways
 
-COLUMNS = (*KEY, "status", "step_ms", "fit_ms", "overhead", "steps", "rounds", "error", "command")
+
+@dataclass(frozen=True)
+class Case(networks.Case):
+    """What one row measures.
+
+    Attributes:
+        steps: of a round.
+        rounds: of which medians are taken.
+    """
+
+    steps: int
+    rounds: int
+
+
+KEY = tuple(field.name for field in fields(Case))
+COLUMNS = (*KEY, "status", "step_ms", "fit_ms", "overhead", "error", "command")
 """Of the CSV, beside where a row was measured. `step_ms` is a bare step on one batch that lies on the device; `fit_ms`
 a step of `fit` with data, logging, schedule, history and moving average; medians of `rounds` rounds of `steps` steps.
 `overhead` is the median over rounds of how much longer the second takes, as a share of the first.
@@ -81,7 +96,7 @@ class Stopwatch(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, idx: int) -> None:
         """Start or stop, once the device has caught up."""
         if idx in (self.first, self.last):
-            _wait(pl_module.device)
+            wait_for(pl_module.device)
             self.seconds = time.perf_counter() - self.seconds
 
 
@@ -93,29 +108,17 @@ def main(argv: Sequence[str]) -> int:
         OSError: a row cannot be written, or the GPU is of no use any more.
     """
     options = _parser().parse_args(argv)
-    device = chosen_device(options)
-    if options.steps < 1 or options.rounds < 1:
-        raise ValueError(f"--steps is {options.steps} and --rounds {options.rounds}; expected 1 or more")
+    device, console = checked_device(options), wide_console()
     quiet()
-    console = Console()
+    command = command_line("benchmark loop", options, _parser())
+    kept = kept_file(options.out, f"loop_{device.type}{'_quick' * options.quick}", COLUMNS, KEY)
     with torch_threads(options.threads):
-        cases = plan(device, options)
-        kept = Kept(Path(options.out) / f"{file_stem('loop', device, options.quick)}.csv", COLUMNS, (*KEY, "device"))
-        where = here(device)
-        steps, rounds = (2, 1) if options.quick else (options.steps, options.rounds)
-        again = command("loop", options, _parser())
-        todo = missing(cases, kept, where, options.again)
-        one = partial(measure_case, device=device, steps=steps, rounds=rounds)
-        for row in measure(todo, one, device, kept, where, again):
-            say(console, told(row, options.quick))
-    asked = [case.columns.items() for case in cases]
-    rows = [row for row in kept.read() if place(row) == tuple(where.values()) and any(c <= row.items() for c in asked)]
-    if len(todo) < len(cases):
-        say(console, f"{len(cases) - len(todo)} rows are finished and skipped, --again measures them anew; all:")
-        for row in rows:
-            say(console, told(row, options.quick))
+        measure = partial(measure_case, device=device)
+        found = measure_all(plan(device, options), measure, device, kept, command, options.again, console, overhead)
+    for row in found.rows:
+        say(console, told(row, options.quick))
     say(console, f"written to {kept.path}")
-    return int(any(row["status"] == FAILED for row in rows))
+    return found.status
 
 
 def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:
@@ -125,57 +128,56 @@ def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:
     modes = options.mode or (["eager", "compiled"] if on_gpu else ["eager"])
     precision = options.precision or ("bf16" if on_gpu else "float32")
     batch = options.batch or (2 if options.quick else 128 if on_gpu else 64)
+    steps, rounds = options.steps or (2 if options.quick else 50), options.rounds or (1 if options.quick else 5)
     models = [find(name, "--only") for name in options.only]
     return [
-        Case(model, "training", mode, precision, batch, size)
+        Case(model, "training", mode, precision, batch, size, steps, rounds)
         for model, size, mode in itertools.product(models, sizes, modes)
     ]
 
 
-def measure_case(case: Case, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
+def measure_case(case: Case, device: torch.device) -> dict[str, Any]:
     """Times rounds of bare steps and of steps of `fit` in turns; returns the columns of one case."""
+    step = make_step(case, device)
+    for _ in range(WARMUP):
+        step.work()
     bare, fitted = [], []
-    for _ in range(rounds):
-        bare.append(bare_seconds(case, device, steps))
-        fitted.append(fit_seconds(case, device, steps))
+    for _ in range(case.rounds):
+        bare.append(bare_seconds(step.work, device, case.steps))
+        fitted.append(fit_seconds(case, device))
     return {
         "step_ms": 1e3 * statistics.median(bare),
         "fit_ms": 1e3 * statistics.median(fitted),
         "overhead": statistics.median(fit / step - 1 for fit, step in zip(fitted, bare, strict=True)),
-        "steps": steps,
-        "rounds": rounds,
     }
 
 
-def bare_seconds(case: Case, device: torch.device, steps: int) -> float:
+def bare_seconds(work: Work, device: torch.device, steps: int) -> float:
     """Seconds of a step made by hand."""
-    images = torch.randn(case.batch, 3, case.size, case.size, device=device)
-    labels = torch.randint(CLASSES, (case.batch,), device=device)
-    work = training_step(_network(case).to(device), images, labels, case.mode, _autocast(case)).work
-    for _ in range(WARMUP):
-        work()
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(steps):
         work()
-    _wait(device)
+    wait_for(device)
     return (time.perf_counter() - start) / steps
 
 
-def fit_seconds(case: Case, device: torch.device, steps: int) -> float:
+def fit_seconds(case: Case, device: torch.device) -> float:
     """Seconds of a step in a training of the same network on data in memory."""
-    stopwatch = Stopwatch(WARMUP, WARMUP + steps)
-    data = RandomImages(WARMUP + steps + 1, case.batch, case.size)
-    model = Classification(lambda in_chans, classes: _network(case), CLASSES, compile=case.mode == "compiled")
+    stopwatch = Stopwatch(WARMUP, WARMUP + case.steps)
+    data = RandomImages(WARMUP + case.steps + 1, case.batch, case.size)
+    model = Classification(
+        lambda in_chans, classes: networks.create(case.model, case.size), CLASSES, compile=case.mode == "compiled"
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, limit_val_batches=0,
-            precision="32-true" if _autocast(case) is None else "bf16-mixed", logger=TensorBoardLogger(folder),
+            precision="32-true" if case.precision == "float32" else "bf16-mixed", logger=TensorBoardLogger(folder),
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             callbacks=[stopwatch, History(), EMA()],
         )  # fmt: skip
         trainer.fit(model, datamodule=data)
-    return stopwatch.seconds / steps
+    return stopwatch.seconds / case.steps
 
 
 def told(row: Row, quick: bool) -> str:
@@ -183,23 +185,15 @@ def told(row: Row, quick: bool) -> str:
     about = f"{row['model']}, {row['mode']}, {row['precision']}, {row['batch']} of {row['size']}×{row['size']}"
     if row["status"] == FAILED:
         return f"{about}: failed: {row['error']}"
-    share = number(row, "overhead") or 0.0
+    share = float(row["overhead"])
     line = f"{about}: a step of fit takes {float(row['fit_ms']):.4g} ms, a bare one {float(row['step_ms']):.4g}"
     verdict = "" if quick else "met: " if share < BAR else "MISSED: "
-    return f"{verdict}{line}: {100 * share:+.1f}% (under {100 * BAR:g}%)"
+    return f"{verdict}{line}: {overhead(row)} (under {100 * BAR:g}%)"
 
 
-def _network(case: Case) -> nn.Module:
-    return create(case.model, case.size)
-
-
-def _autocast(case: Case) -> torch.dtype | None:
-    return None if case.precision == "float32" else PRECISIONS[case.precision]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def overhead(row: Row) -> str:
+    """What the loop adds to a step, in percent."""
+    return f"{100 * float(row['overhead']):+.1f}%"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=["msvmamba_nano"], metavar="NAME", help="models (default: nano)")
     parser.add_argument("--batch", type=int, metavar="N", help="images of a step (default: 128; on a CPU 64)")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="their side (default: 224 64; on a CPU 32)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
-    add_options(parser, ("eager", "compiled"))
+    parser.add_argument("--steps", type=int, metavar="N", help="of a round (default: 50)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of both, in turns (default: 5)")
+    add_ways(parser, ("eager", "compiled"))
+    add_options(parser)
     return parser

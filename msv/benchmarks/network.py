@@ -2,51 +2,30 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from msv.ablation.markdown import NONE, pipe_table
 from msv.ablation.paper import TABLE_6
-from msv.comparison.systems import REFERENCE, find, order
-from msv.kept import ENVIRONMENT, Kept, Row, here, number, place
-from msv.profiling.measuring import FAILED, Effort, measure, missing, time_calls
+from msv.comparison.pages import page, told_place
+from msv.comparison.systems import REFERENCE, SWIN, find, order
+from msv.comparison.throughput import ratio_to_reference
+from msv.files import write_atomic
+from msv.kept import FAILED, Row, number, place
+from msv.profiling import networks
+from msv.profiling.commands import add_options, checked_device, command_line, measure_all, say, wide_console
+from msv.profiling.networks import Case
+from msv.profiling.steps import TASKS
 from msv.profiling.timing import torch_threads
 
-from .network_bars import CPU_BATCH, CPU_MODEL, CPU_RIVAL, CPU_THREADS, anchor, verdicts
-from .networks import (
-    KEY,
-    MEASURED,
-    ON_CPU,
-    ON_GPU,
-    QUICK,
-    SWIN,
-    TASKS,
-    Case,
-    add_options,
-    chosen_device,
-    command,
-    file_stem,
-    make_step,
-    measure_step,
-    say,
-)  # fmt: skip
+from .network_bars import CPU_BATCH, CPU_MODEL, CPU_THREADS, anchor, verdicts
+from .options import add_ways
 
 NETWORKS = ("msvmamba_nano", "msvmamba_micro", "msvmamba_tiny", "vmamba_tiny", SWIN, "convnext_tiny")
-COLUMNS = (
-    *(*KEY, "status", *MEASURED, "rival", "rival_ms", "ratio"),
-    *("anchor_images_per_s", "anchor_images_per_s_high", "anchor_peak_gib", "error", "command"),
-)
-"""Of the CSV, beside where a row was measured; empty where there is nothing to tell.
-
-- `rival` takes turns with the model, in the same mode and precision; `rival_ms` is its median, `ratio` the model's time
-  over it.
-- `anchor` columns were measured before, on an H100 80GB HBM3 in fp16, and are not part of this run: of our models the
-  published code, of others timm's.
-"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,39 +33,26 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         ValueError: an option does not fit, a model is unknown, or the file there is none of these.
-        OSError: a row cannot be written, or the GPU is of no use any more.
+        OSError: a file cannot be written, or the GPU is of no use any more.
     """
     options = _parser().parse_args(argv)
-    device = chosen_device(options)
+    device = checked_device(options)
     options.only = [find(name, "--only") for name in options.only]
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 190)  # a file or a pipe has room for the table
+    console, kept = wide_console(), networks.store(Path(options.out), device, options.quick)
+    command = command_line("benchmark network", options, _parser())
     threads = options.threads or (None if device.type == "cuda" or options.quick else CPU_THREADS)
     with torch_threads(threads):
+        measure = partial(networks.measure_case, device=device, effort=networks.usual_effort(device, options.quick))
         cases = plan(device, options)
-        kept, where = store(Path(options.out), device, options.quick), here(device)
-        todo = missing(cases, kept, where, options.again)
-        if len(todo) < len(cases):
-            say(console, f"{len(cases) - len(todo)} rows are finished and skipped; --again measures them anew")
-        again = command("network", options, _parser())
-        effort = QUICK if options.quick else ON_GPU if device.type == "cuda" else ON_CPU
-        rows = measure(todo, lambda case: measure_case(case, device, effort), device, kept, where, again)
-        for count, row in enumerate(rows, 1):
-            found = f"failed: {row['error']}" if row["status"] == FAILED else f"{float(row['images_per_s']):,.1f} img/s"
-            say(console, f"{count}/{len(todo)} {row['model']}, {row['task']}, {row['mode']}: {found}")
-    asked = [case.columns.items() for case in cases]
-    shown = [row for row in kept.read() if place(row) == tuple(where.values())]
-    console.print(table(shown, where))
+        found = measure_all(cases, measure, device, kept, command, options.again, console, networks.speed)
+    shown = [row for row in kept.read() if place(row) == tuple(found.where.values())]
+    console.print(table(shown, found.where))
     for line in [] if options.quick else verdicts(shown):
         say(console, line)
-    say(console, f"written to {kept.path}")
-    return int(any(row["status"] == FAILED and any(case <= row.items() for case in asked) for row in shown))
-
-
-def store(folder: Path, device: torch.device, quick: bool) -> Kept:
-    """The rows kept in a folder: one for each case and device."""
-    return Kept(folder / f"{file_stem('network', device, quick)}.csv", COLUMNS, (*KEY, "device"))
+    written = kept.path.with_suffix(".md")
+    write_atomic(written, markdown(kept.read()))
+    say(console, f"written to {kept.path} and {written}")
+    return found.status
 
 
 def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:
@@ -105,77 +71,99 @@ def plan(device: torch.device, options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def measure_case(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
-    """Measures one case; returns its columns."""
-    found = measure_step(case, device, effort)
-    before = anchor(case.columns)
-    if before is not None:
-        found |= {f"anchor_{name}": value for name, value in vars(before).items()}
-    if device.type == "cpu" and (case.model, case.task) == (CPU_MODEL, "inference"):
-        found |= beside_rival(case, device, effort)
-    return found
+HEADS = ("task", "mode", "precision", "batch", "img/s", "ms", "GiB", "before", "×", "GiB before", "× VMamba-T", "paper")
 
 
-def beside_rival(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
-    """Times a case and its rival in turns, since a CPU's speed changes with what else it does."""
-    rival = Case(CPU_RIVAL, *list(vars(case).values())[1:])
-    works = {each.model: make_step(each, device).work for each in (case, rival)}
-    times = time_calls(works, device, effort)
-    own, other = times[case.model].median, times[CPU_RIVAL].median
-    return {"rival": CPU_RIVAL, "rival_ms": 1e3 * other, "ratio": own / other}
-
-
-def table(rows: Sequence[Row], where: dict[str, str]) -> Table:
+def table(rows: Sequence[Row], where: Mapping[str, str]) -> Table:
     """Kept rows of one place for a reader."""
-    title = ", ".join(
-        [where["device"], f"torch {where['torch']}", f"triton {where['triton']}", f"commit {where['commit']}"]
-    )
+    title = f"{where['device']}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
     found = Table("network", title=title, title_justify="left", caption_justify="left", pad_edge=False)
     found.caption = (
         "img/s and ms: medians; GiB: the most of tensors alive at once; before: as measured on an H100 80GB HBM3, of "
         "our models the published code;\n×: over it; × VMamba-T: over vmamba_tiny here, and in the paper's Table 6"
     )
-    for head in ("task", "mode", "precision", "batch"):
-        found.add_column(head)
-    for head in ("img/s", "ms", "GiB", "before", "×", "GiB before", "× VMamba-T", "paper"):
-        found.add_column(head, justify="right", no_wrap=True)
-    for row in sorted(rows, key=lambda row: (int(row["size"]), int(row["batch"]), order(row["model"]))):
-        about = [
-            row["model"],
-            row["task"],
-            row["mode"],
-            row["precision"],
-            f"{row['batch']}, {row['size']}×{row['size']}",
-        ]
-        if row["status"] == FAILED:
-            found.add_row(*about, "failed")
-            continue
-        speed, before = number(row, "images_per_s") or 0.0, number(row, "anchor_images_per_s")
-        high, before_gib = number(row, "anchor_images_per_s_high"), number(row, "anchor_peak_gib")
-        ratio, printed = ratio_to_reference(row, rows), TABLE_6.get(row["model"])
-        found.add_row(
-            *about,
-            f"{speed:,.1f}",
-            f"{number(row, 'step_ms'):.4g}",
-            f"{(number(row, 'peak_bytes') or 0.0) / 2**30:.2f}",
-            "" if before is None else f"{before:,g}" + ("" if high is None else f"-{high:,g}"),
-            "" if before is None else f"{speed / (high or before):.2f}",
-            "" if before_gib is None else f"{before_gib:.1f}",
-            "" if ratio is None else f"{ratio:.2f}",
-            "" if printed is None or row["task"] != "inference" else f"{printed / TABLE_6[REFERENCE]:.2f}",
-        )
+    for head in HEADS:
+        numeric = head not in ("task", "mode", "precision", "batch")
+        found.add_column(head, justify="right" if numeric else "left", no_wrap=numeric)
+    for row in in_order(rows):
+        found.add_row(row["model"], *cells(row, rows))
     return found
 
 
-def ratio_to_reference(row: Row, rows: Sequence[Row]) -> float | None:
-    """Images a second in multiples of VMamba-Tiny's of the same task, mode, precision, batch, size and place."""
+def markdown(rows: Sequence[Row]) -> str:
+    """The kept rows as a page: for each place a table, its bars, and what measured it; nothing is measured anew."""
+    head = [
+        ("img/s, ms", "measured here: images a second, and milliseconds of a step, at the median time of a training "
+         "step (autocast in the precision named, cross-entropy, fused AdamW) or of a forward (weights and images in "
+         "it), of random images that lie on the device already; compilation is not timed"),
+        ("mode", "`compiled` by `torch.compile` with its defaults; `graphs`: that with CUDA graphs, whose memory is "
+         "not measured"),
+        ("GiB", "measured here: the most of tensors alive at once in a step, weights and AdamW's averages included"),
+        ("× VMamba-T", "images a second over `vmamba_tiny`'s of the same task, mode, precision, batch, size and place"),
+        ("paper", "the same ratio in Table 6 of arXiv 2405.14174"),
+        ("before", "measured before on an H100 80GB HBM3, batch 128, 224×224, in fp16, and no part of these runs: of "
+         "our models the published code, eager; of others timm's. × is what was measured here over it"),
+    ]  # fmt: skip
+    places = dict.fromkeys(place(row) for row in rows)
+    return page("Whole networks", head, *(_section([row for row in rows if place(row) == one]) for one in places))
 
-    def like(row: Row) -> tuple[str, ...]:
-        return (*(row[name] for name in KEY[1:]), *(row[name] for name in ENVIRONMENT))
 
-    same = (other for other in rows if other["model"] == REFERENCE and like(other) == like(row))
-    speed, reference = number(row, "images_per_s"), next((number(other, "images_per_s") for other in same), None)
-    return speed / reference if speed and reference else None
+def _section(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    commands = dict.fromkeys(f"`{row['command']}`" for row in rows)
+    head = [("Machine", told_place(first)), ("Commit", first["commit"] or "unknown"), ("Command", ", ".join(commands))]
+    heads = [f"*{name}*" if name in _NOT_MEASURED else name for name in HEADS]
+    lines = [[f"`{row['model']}`", *(cell or NONE for cell in cells(row, rows))] for row in in_order(rows)]
+    rivals = [
+        f"{_told(row)}, batch {row['batch']}, {row['size']}×{row['size']}: {float(row['ratio']):.2f} times the time of "
+        f"`{row['rival']}` ({float(row['rival_ms']):.4g} ms) in the same turns"
+        for row in rows
+        if row["ratio"]
+    ]
+    failed = [f"{_told(row)}: {row['error']}" for row in rows if row["status"] == FAILED]
+    parts = [
+        f"## {first['device'] or 'unknown device'}, commit {first['commit'] or 'unknown'}",
+        "\n".join(f"- **{label}**: {text}" for label, text in head),
+        pipe_table(["network", *heads], lines, 5),
+        *(
+            "\n".join([f"{title}:", "", *(f"- {line}" for line in listed)]) if listed else ""
+            for title, listed in (("Rivals", rivals), ("Bars", verdicts(rows)), ("Failed rows", failed))
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _told(row: Row) -> str:
+    return f"`{row['model']}`, {row['task']}, {row['mode']}, {row['precision']}"
+
+
+_NOT_MEASURED = ("before", "GiB before", "paper")
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """By size and batch, then by model."""
+    return sorted(rows, key=lambda row: (int(row["size"]), int(row["batch"]), order(row["model"])))
+
+
+def cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """What tables say of a row beside others of its place, under `HEADS`; what is not known is empty."""
+    about = [row["task"], row["mode"], row["precision"], f"{row['batch']}, {row['size']}×{row['size']}"]
+    if row["status"] == FAILED:
+        return [*about, "failed", *[""] * (len(HEADS) - len(about) - 1)]
+    speed, peak, before = float(row["images_per_s"]), number(row, "peak_bytes"), anchor(row)
+    least, most = (before.images_per_s, before.images_per_s_high) if before else (None, None)
+    ratio, printed = ratio_to_reference(row, rows), TABLE_6.get(row["model"])
+    return [
+        *about,
+        f"{speed:,.1f}",
+        f"{number(row, 'step_ms'):.4g}",
+        "" if peak is None else f"{peak / 2**30:.2f}",
+        "" if least is None else f"{least:,g}" + ("" if most is None else f"-{most:,g}"),
+        "" if least is None else f"{speed / (most or least):.2f}",
+        f"{before.peak_gib:.1f}" if before and before.peak_gib else "",
+        "" if ratio is None else f"{ratio:.2f}",
+        "" if printed is None or row["task"] != "inference" else f"{printed / TABLE_6[REFERENCE]:.2f}",
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,12 +171,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="cli.py benchmark network",
         description="Images a second of whole networks, eager and compiled, on a batch that lies on the device: a "
         "training step (bf16 autocast, cross-entropy, fused AdamW) and inference (weights in bf16), and the peak "
-        f"memory of both: {', '.join(NETWORKS)}. On a CPU {CPU_MODEL} beside {CPU_RIVAL}. What is measured is kept row "
-        "by row: run again, and it goes on where it was.",
+        f"memory of both: {', '.join(NETWORKS)}. On a CPU {CPU_MODEL} beside {networks.CPU_RIVALS[CPU_MODEL]}. What is "
+        "measured is kept row by row, for Table 6 (`compare`) too: run again, and it goes on where it was.",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these models alone; swin_tiny will do")
     parser.add_argument("--batch", type=int, metavar="N", help=f"images of a step (default: 128; on a CPU {CPU_BATCH})")
     parser.add_argument("--size", type=int, metavar="N", help="their side (default: 224)")
     parser.add_argument("--task", nargs="+", choices=TASKS, help="one of them alone")
+    add_ways(parser)
     add_options(parser)
     return parser

@@ -6,35 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from msv.comparison.systems import find
+from msv.comparison.systems import SWIN, find
 from msv.files import write_atomic
-from msv.kept import Kept, Row, here, number, place
-from msv.profiling.measuring import DONE, FAILED, Effort, is_out_of_memory, measure, missing
+from msv.kept import DONE, Row, number
+from msv.profiling import networks
+from msv.profiling.commands import add_options, checked_device, command_line, kept_file, measure_all, say, wide_console
+from msv.profiling.measuring import Effort, is_out_of_memory
+from msv.profiling.networks import KEY, MEASURED, Case
+from msv.profiling.steps import TASKS
 from msv.profiling.timing import torch_threads
 
-from .networks import (
-    KEY,
-    MEASURED,
-    ON_CPU,
-    ON_GPU,
-    QUICK,
-    SWIN,
-    TASKS,
-    Case,
-    add_options,
-    chosen_device,
-    command,
-    file_stem,
-    measure_step,
-    say,
-)
+from .options import add_ways
 from .scaling_plot import Series, plot
 
 NETWORKS = ("msvmamba_nano", "msvmamba_tiny", SWIN)
@@ -59,41 +46,34 @@ def main(argv: Sequence[str]) -> int:
         OSError: a file cannot be written, or the GPU is of no use any more.
     """
     options = _parser().parse_args(argv)
-    device = chosen_device(options)
-    console = Console()
+    device, console = checked_device(options), wide_console()
+    command = command_line("benchmark scaling", options, _parser())
+    stem = f"scaling_{device.type}{'_quick' * options.quick}"
+    kept = kept_file(options.out, stem, COLUMNS, KEY)
+    usual = networks.usual_effort(device, options.quick)
+    measure = partial(measure_case, device=device, effort=replace(usual, seconds=usual.seconds / 2))
+    cells = series(device, options)
     with torch_threads(options.threads):
-        cases = list(dict.fromkeys(case for one in series(device, options) for case in one))
-        stem = file_stem("scaling", device, options.quick)
-        kept, where = Kept(Path(options.out) / f"{stem}.csv", COLUMNS, (*KEY, "device")), here(device)
-        todo = missing(cases, kept, where, options.again)
-        if len(todo) < len(cases):
-            say(console, f"{len(cases) - len(todo)} cells are finished and skipped; --again measures them anew")
-        again = command("scaling", options, _parser())
-        base = ON_GPU if device.type == "cuda" else ON_CPU
-        effort = QUICK if options.quick else replace(base, turns=10, seconds=base.seconds / 4)
-        one = partial(measure_case, device=device, effort=effort)
-        for case, row in zip(todo, measure(todo, one, device, kept, where, again), strict=True):
-            say(console, f"{case}: {told(row)}")
-    at_hand = [row for row in kept.read() if place(row) == tuple(where.values())]
-    rows = {case: row for case in cases for row in at_hand if case.columns.items() <= row.items()}
-    found = [[(case, rows[case]) for case in one] for one in series(device, options)]
-    console.print(table(list(rows.values()), where))
+        cases = list(dict.fromkeys(case for one in cells for case in one))
+        outcome = measure_all(cases, measure, device, kept, command, options.again, console, told)
+    rows, where = dict(zip(cases, outcome.rows, strict=True)), outcome.where
+    found = [[(case, rows[case]) for case in one] for one in cells]
+    console.print(table(outcome.rows, where))
     for line in [] if options.quick else growth(found):
         say(console, line)
     picture = kept.path.with_suffix(".png")
     write_atomic(picture, plot(as_series(found), f"{where['device']}, torch {where['torch']}, {cases[0].precision}"))
     say(console, f"written to {kept.path} and {picture}")
-    return int(any(row["status"] == FAILED for row in rows.values()))
+    return outcome.status
 
 
 def series(device: torch.device, options: argparse.Namespace) -> list[list[Case]]:
     """The cells: for each model, task and mode those of growing batches, and those of growing images."""
     kind = device.type
-    batches, sizes, fixed = BATCHES[kind], SIZES[kind], options.batch or FIXED_BATCH[kind]
-    size = SIZE
+    batches, sizes, fixed, size = BATCHES[kind], SIZES[kind], FIXED_BATCH[kind], SIZE
     if options.quick:
         batches, sizes, fixed, size = (1, 2), (64, 96), 1, 64
-    batches, sizes = tuple(options.batches or batches), tuple(options.sizes or sizes)
+    batches, sizes, fixed = tuple(options.batches or batches), tuple(options.sizes or sizes), options.batch or fixed
     precision = options.precision or ("bf16" if kind == "cuda" else "float32")
     found = []
     models = [find(name, "--only") for name in options.only] or NETWORKS
@@ -106,7 +86,7 @@ def series(device: torch.device, options: argparse.Namespace) -> list[list[Case]
 def measure_case(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Measures one cell; one that does not fit in memory says so."""
     try:
-        return measure_step(case, device, effort)
+        return networks.measure_step(case, device, effort)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -115,7 +95,7 @@ def measure_case(case: Case, device: torch.device, effort: Effort) -> dict[str, 
 
 def told(row: Row) -> str:
     """What came of a cell."""
-    return f"{float(row['images_per_s']):,.1f} img/s" if row["status"] == DONE else f"{row['status']} {row['error']}"
+    return networks.speed(row) if row["status"] == DONE else row["status"]
 
 
 def growth(found: Sequence[Sequence[tuple[Case, Row]]]) -> list[str]:
@@ -173,8 +153,9 @@ def table(rows: Sequence[Row], where: dict[str, str]) -> Table:
         if row["status"] != DONE:
             found.add_row(*about, row["status"])
             continue
-        gib = (number(row, "peak_bytes") or 0.0) / 2**30
-        found.add_row(*about, f"{number(row, 'images_per_s'):,.1f}", f"{number(row, 'step_ms'):.4g}", f"{gib:.2f}")
+        peak = number(row, "peak_bytes")
+        gib = "" if peak is None else f"{peak / 2**30:.2f}"
+        found.add_row(*about, f"{number(row, 'images_per_s'):,.1f}", f"{number(row, 'step_ms'):.4g}", gib)
     return found
 
 
@@ -192,5 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="default: 224 to 1024; on a CPU 224 to 384")
     parser.add_argument("--batch", type=int, metavar="N", help="of the images that grow (default: 32; on a CPU 2)")
     parser.add_argument("--task", nargs="+", choices=TASKS, help="one of them alone")
+    add_ways(parser)
     add_options(parser)
     return parser

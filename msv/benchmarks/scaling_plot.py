@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TASKS = ("inference", "training")
+from msv.profiling.steps import TASKS
+
 AXES = ("batch", "size")
 
 

@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from msv.data.image_folder import FolderImages
 from msv.kept import Kept, Row, place
 from msv.models import PRESETS
+from msv.provenance import names_code
 from msv.tasks.checkpoint import load_pretrained
 
 from .systems import MODELS, TABLE_1_MODELS, create, find, order
@@ -206,7 +207,7 @@ def evaluate(
     """Measures the top-1 of each file of weights and yields its row, which is kept by then.
 
     All files and the images are looked at before the first is measured. A file that was measured at this very place
-    on as many images is not measured again.
+    on as many images is not measured again, if the commit says which code did it.
 
     Args:
         weights: the files.
@@ -245,7 +246,8 @@ def evaluate(
     for entry, images, row in todo:
         same = next((old for old in kept.read() if old["model"] == entry.model), None)
         told = {name: str(value) for name, value in row.items()}
-        if same and not again and told.items() <= same.items() and place(same) == tuple(where.values()):
+        finished = same and told.items() <= same.items() and place(same) == tuple(where.values())
+        if same and finished and not again and names_code(where["commit"]):
             yield same
             continue
         loader = DataLoader(images, batch, num_workers=workers, pin_memory=device.type == "cuda")

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,10 @@ from rich.console import Console
 from rich.progress import track
 
 from msv.kept import here
-from msv.profiling.measuring import missing
+from msv.profiling import networks
+from msv.profiling.commands import command_line, measure_all
+from msv.profiling.devices import DEVICES, chosen_device
+from msv.profiling.steps import PRECISIONS
 
 from . import accuracy, throughput
 from .pages import COMMAND
@@ -29,22 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     only = [find(name, "--only") for name in options.only] if options.only else None
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = chosen_device(options.device)
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     logging.basicConfig(format="%(message)s")
-    failed = 0
+    status = 0
     if options.weights:
         _evaluate(options, only, device, console)
     if options.measure:
-        failed = _measure(options, only, device, console)
-    paths = write_all(options.out)
+        status = _measure(options, only, device, console)
+    paths = write_all(options.out, options.timed)
     shown = ["table_6.md"] if options.measure else ["table_1.md"] if options.weights else ["table_1.md", "table_7.md"]
     for path in paths:
         if path.name in shown:
             console.print(path.read_text(encoding="utf-8"))
     for path in paths:
         console.print(f"wrote {path}")
-    return int(failed > 0)
+    return status
 
 
 def _evaluate(options: argparse.Namespace, only: list[str] | None, device: torch.device, console: Console) -> None:
@@ -68,42 +72,21 @@ def _evaluate(options: argparse.Namespace, only: list[str] | None, device: torch
 
 
 def _measure(options: argparse.Namespace, only: list[str] | None, device: torch.device, console: Console) -> int:
-    """Measures what is missing; returns how many rows failed."""
-    on_gpu = device.type == "cuda"
-    cases = throughput.plan(on_gpu, options.batch, options.size, only, options.precision, options.mode)
-    kept, where = throughput.store(options.out), here(device)
-    todo = missing(cases, kept, where, options.again)
+    """Measures what is missing; returns the exit status."""
+    cases = throughput.plan(device, options.batch, options.size, only, options.precision, options.mode)
     console.print(
         f"throughput on {_told(device)}: {len(cases)} rows of batch {cases[0].batch}, {options.size}×{options.size}"
     )
-    if not on_gpu:
+    if device.type == "cpu":
         console.print(
             "a CPU: by default a small batch, float32, eager, few turns; --batch, --precision and --mode choose "
             "others. Its ratios say nothing about a GPU's"
         )
-    if len(todo) < len(cases):
-        console.print(
-            f"{len(cases) - len(todo)} rows are finished, measured here at commit {where['commit']}, and skipped; "
-            "--again measures them anew"
-        )
-    effort = throughput.ON_GPU if on_gpu else throughput.ON_CPU
-    failed = 0
-    for number, row in enumerate(throughput.measure(todo, device, effort, kept, where, _command(options, only)), 1):
-        found = f"{float(row['images_per_s']):.1f} img/s" if row["status"] == "done" else f"failed: {row['error']}"
-        console.print(f"{number}/{len(todo)} {row['model']}, {row['precision']}, {row['mode']}: {found}")
-        failed += row["status"] != "done"
-    return failed
-
-
-def _command(options: argparse.Namespace, only: list[str] | None) -> str:
-    """What measures these rows again, without the folders of this machine."""
-    words = [COMMAND, "--measure throughput"]
-    for name, values in (("only", only), ("precision", options.precision), ("mode", options.mode)):
-        words += [f"--{name}", *values] if values else []
-    words += ["--batch", str(options.batch)] if options.batch else []
-    words += ["--size", str(options.size)] if options.size != 224 else []
-    words += ["--device", "cpu"] if options.device == "cpu" else []
-    return " ".join(words)
+    options.only = only
+    command = command_line("compare", options, _parser(), without=("timed", "weights", "data_root", "workers"))
+    measure = partial(networks.measure_case, device=device, effort=networks.usual_effort(device))
+    kept = networks.store(options.timed, device)
+    return measure_all(cases, measure, device, kept, command, options.again, console, networks.speed).status
 
 
 def _told(device: torch.device) -> str:
@@ -115,8 +98,6 @@ def _slow(device: torch.device) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no GPU here; use --device cpu, or auto for what there is")
     if bool(options.weights) != bool(options.data_root):
         given, other = ("--weights", "--data-root") if options.weights else ("--data-root", "--weights")
         raise ValueError(
@@ -147,10 +128,10 @@ def _parser() -> argparse.ArgumentParser:
         "here and what the paper printed have columns of their own.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("results/comparison"), metavar="DIR", help="for tables and what is measured "
+        "--out", type=Path, default=Path("results/comparison"), metavar="DIR", help="for tables and accuracies "
         "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="auto: a GPU if there is one")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help=f"measure these models alone: {', '.join(MODELS)}; swin_tiny will do"
     )
@@ -172,7 +153,11 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", choices=("throughput",), help="images a second in inference, and memory; rows that are finished "
         "are skipped, so that it goes on where it was",
     )  # fmt: skip
+    speed.add_argument(
+        "--timed", type=Path, default=Path("results/benchmarks"), metavar="DIR", help="where those rows are kept, with "
+        "those of `benchmark network` (default: %(default)s)",
+    )  # fmt: skip
     speed.add_argument("--size", type=int, default=224, metavar="N", help="side of the images (default: 224)")
-    speed.add_argument("--precision", nargs="+", choices=tuple(throughput.PRECISIONS), help="instead of the usual ones")
+    speed.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), help="instead of the usual ones")
     speed.add_argument("--mode", nargs="+", choices=throughput.MODES, help="instead of the usual ones")
     return parser

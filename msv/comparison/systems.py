@@ -4,16 +4,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from msv.ablation.config import nearest
 from msv.ablation.paper import TABLE_1, TABLE_6, ComparisonRow
 from msv.models import PRESETS
-from msv.profiling import Counts, count
+from msv.profiling import Counts, count, networks
 
 REFERENCE = "vmamba_tiny"
 """The model that throughput is told in multiples of, as the paper's text does."""
@@ -88,7 +86,8 @@ MODELS: dict[str, System] = {system.key: system for system in SYSTEMS if system.
 TABLE_1_MODELS = [key for key, system in MODELS.items() if system.in_table_1]
 """Those whose accuracy is compared."""
 
-COMPILED_TOO = ("swin_tiny_patch4_window7_224", "convnext_tiny")
+SWIN = "swin_tiny_patch4_window7_224"
+COMPILED_TOO = (SWIN, "convnext_tiny")
 """Models beside those of Table 6 whose throughput is measured compiled, too."""
 
 
@@ -122,11 +121,7 @@ def order(model: str) -> int:
 
 def create(model: str, image_size: int = 224) -> nn.Module:
     """The network of a model of `MODELS` for 1000 classes and square images, with random weights."""
-    name = MODELS[model].model or model
-    config = timm.get_pretrained_cfg(name)
-    # Some of timm's build tables for one size; those of others take any.
-    sized: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
-    return timm.create_model(name, num_classes=1000, **sized)
+    return networks.create(MODELS[model].model or model, image_size)
 
 
 @cache

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from msv.ablation.markdown import NONE, fixed, pipe_table
 from msv.ablation.paper import TABLE_6
-from msv.kept import ENVIRONMENT, Filter, Row, every, number, place
+from msv.kept import ENVIRONMENT, FAILED, Filter, Row, every, number, place
+from msv.profiling.steps import PRECISIONS
 
 from . import throughput
 from .pages import as_csv, page, told_place
@@ -18,7 +19,7 @@ class Table6Row:
     """A kept row, and what it says beside others of the same place.
 
     Attributes:
-        kept: its row in `throughput.csv`.
+        kept: its row.
         ratio: images a second in multiples of VMamba-Tiny's, of the same precision, mode, batch, size and place; None
             where that was not measured.
     """
@@ -57,27 +58,16 @@ def table_6(folder: Path, takes: Filter = every) -> list[Table6Row]:
     """The throughput rows that a folder keeps, by setting, in the order of `systems.order`; none measures anew.
 
     Args:
-        folder: where `throughput.csv` lies, if it does.
-        takes: which of its rows are taken.
+        folder: where the rows of whole networks lie, if they do.
+        takes: which of them are taken.
 
     Raises:
-        ValueError: that file is damaged.
+        ValueError: a file there is damaged.
     """
-    kept = [row for row in throughput.store(folder).read() if takes(row)]
-    for row in kept:
-        if row["model"] not in MODELS:
-            raise ValueError(f"{folder / throughput.FILE} has a row of {row['model']!r}, which is no model here")
-
-    def like(row: Row) -> tuple[str, ...]:
-        return (*(row[name] for name in ("precision", "mode", "batch", "size")), *place(row))
-
-    reference = {like(row): number(row, "images_per_s") for row in kept if row["model"] == REFERENCE}
-    rows = []
-    for row in kept:
-        own, against = number(row, "images_per_s"), reference.get(like(row))
-        rows.append(Table6Row(row, own / against if own and against else None))
+    kept = throughput.kept_rows(folder, takes)
+    rows = [Table6Row(row, throughput.ratio_to_reference(row, kept)) for row in kept]
     settings = list(dict.fromkeys(row.setting for row in rows))
-    ways = [(p, m) for p in throughput.PRECISIONS for m in throughput.MODES]
+    ways = [(p, m) for p in PRECISIONS for m in throughput.MODES]
     return sorted(
         rows,
         key=lambda row: (
@@ -116,7 +106,7 @@ def render_markdown(rows: Sequence[Table6Row]) -> str:
             "img/s",
             "measured here: images a second in inference on random images that lie on the device already, at the "
             "median time of a forward; weights and images in the precision named, the scan's states in float32 in "
-            "any; on a GPU ten forwards one after another, timed by its events, TF32 as torch has it by default",
+            "any; on a GPU timed by its events, TF32 as torch has it by default",
         ),
         ("compiled", "by `torch.compile` with its defaults; the compilation is not timed"),
         ("peak, MiB", "measured here: the most bytes of tensors alive at once: weights, images, the forward's own"),
@@ -154,7 +144,7 @@ def _section(rows: Sequence[Table6Row]) -> str:
             f"`{row.kept['model']}`",
             row.kept["precision"],
             row.kept["mode"],
-            "failed" if row.kept["status"] == "failed" else fixed(row.images_per_s, 1),
+            "failed" if row.kept["status"] == FAILED else fixed(row.images_per_s, 1),
             fixed(row.peak_mib, 0),
             fixed(row.ratio, 2),
             NONE if row.paper is None else f"*{row.paper:.2f}*",
@@ -165,7 +155,7 @@ def _section(rows: Sequence[Table6Row]) -> str:
     failed = [
         f"- `{row.kept['model']}`, {row.kept['precision']}, {row.kept['mode']}: {row.kept['error']}"
         for row in rows
-        if row.kept["status"] == "failed"
+        if row.kept["status"] == FAILED
     ]
     parts = [
         f"## {first['device'] or 'unknown device'}, batch {first['batch']}, {first['size']}×{first['size']}",

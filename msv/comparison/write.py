@@ -11,14 +11,15 @@ from . import accuracy_table, architecture_table, throughput_table
 from .accuracy_plot import figure_1
 
 
-def write_all(out: Path, takes: Filter = every) -> list[Path]:
+def write_all(out: Path, timed: Path, takes: Filter = every) -> list[Path]:
     """Writes every table that can be made without measuring anything.
 
-    That is Table 1 (counts, and the accuracies that `out` keeps), Table 7 and Fig. 1; Table 6 where `out` keeps
-    throughput rows.
+    That is Table 1 (counts, and the accuracies that `out` keeps), Table 7 and Fig. 1; Table 6 where `timed` keeps rows
+    of it.
 
     Args:
-        out: folder that has, or will have, `accuracy.csv` and `throughput.csv`, and gets the tables.
+        out: folder that has, or will have, `accuracy.csv`, and gets the tables.
+        timed: folder that has, or will have, the rows of whole networks (`msv.profiling.networks.store`).
         takes: which of the rows measured there the tables take.
 
     Returns:
@@ -32,7 +33,7 @@ def write_all(out: Path, takes: Filter = every) -> list[Path]:
     where = here(torch.device("cpu"))
     compared = accuracy_table.table_1(out, takes)
     architectures = architecture_table.table_7()
-    speeds = throughput_table.table_6(out, takes)
+    speeds = throughput_table.table_6(timed, takes)
     files: dict[str, str | bytes] = {
         "table_1.md": accuracy_table.render_markdown(compared, where),
         "table_1.csv": accuracy_table.render_csv(compared, where),

@@ -69,17 +69,17 @@ class Pathfinder(InMemoryData):
     leave them (mirrored, or the two angles swapped), and as far from the picture's edge to within 3 px. So neither
     pixels, nor counts of them, nor the dots' places tell the class; what is left is to look for a path between them.
 
-    | difficulty | dashes of the two paths | other paths | their dashes | ink between the dots tells |
-    |---|---|---|---|---|
-    | 1 | 4 | 2 | 2 | 89% |
-    | 2 | 6 | 3 | 2 | |
-    | 3 | 8 | 4 | 3 | 64% |
-    | 4 | 10 | 5 | 3 | |
-    | 5 | 12 | 6 | 3 | 53% |
+    | difficulty | dashes of the two paths | other paths | their dashes |
+    |---|---|---|---|
+    | 1 | 4 | 2 | 2 |
+    | 2 | 6 | 3 | 2 |
+    | 3 | 8 | 4 | 3 |
+    | 4 | 10 | 5 | 3 |
+    | 5 | 12 | 6 | 3 |
 
     That is at 64 px. A dash is 4 px long and 1.5 px wide, a gap 2 px, at every size: at a side s times as long the two
-    paths have s times as many dashes, and there are s² times as many others. The last column is the accuracy of
-    boosted trees that get the ink near the line between the dots: what a glance is worth where the path is short.
+    paths have s times as many dashes, and there are s² times as many others. A short path runs near the line between
+    its dots, so that at difficulty 1 the ink there tells more than chance; the longer the paths, the less it does.
 
     The task is that of Linsley et al. (NeurIPS 2018, arXiv 1805.08315), which the Long Range Arena (Tay et al. 2021,
     arXiv 2011.04006) made a test of long sequences. Theirs are fixed sets of files with settings of their own for
@@ -87,8 +87,8 @@ class Pathfinder(InMemoryData):
     compare with theirs.
 
     Each picture depends on (images_seed, split, number) alone and is the same to the bit on every machine: more
-    pictures leave the first ones as they are. Drawing 65,000 takes half a minute at difficulty 3 on one core, two
-    at 5, so that they are kept in `root`, half a kilobyte each; a file of other settings is not taken.
+    pictures leave the first ones as they are. What has been drawn is kept in `root`, compressed; a file of other
+    settings is not taken.
 
     Args:
         root: Folder whose `pathfinder/` keeps what was drawn; null draws anew each time and writes nothing.

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from .devices import wait_for
 from .timing import Timing, Work
 
 FLUSH_BYTES = 512 << 20
@@ -118,14 +119,10 @@ def _one_after_another(calls: Sequence[Work]) -> None:
 
 
 def _wall_clock(calls: Sequence[Work], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
+    wait_for(device)
     start = time.perf_counter()
     _one_after_another(calls)
-    wait()
+    wait_for(device)
     return time.perf_counter() - start
 
 

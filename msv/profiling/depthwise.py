@@ -6,19 +6,19 @@ activation.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from msv.kernels import Activation, Backend, depthwise_conv
 
-from .operators import MAPS, QUICK_MAPS, Benchmark, dtype_name
-from .scan_call import Call, leaves
+from .measuring import NamedCase
+from .operators import MAPS, QUICK_MAPS, Benchmark
+from .scan_call import Call, Columns, dtype_name, leaves
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(NamedCase):
     """A convolution of the network.
 
     Attributes:
@@ -58,11 +58,10 @@ class Case:
         upstream = normal(batch, -(-height // kind.stride), -(-width // kind.stride), channels, dtype=self.dtype)
         return Call(convolve, leaves(x, weight, bias), upstream)
 
-    def row(self) -> dict[str, Any]:
-        """The columns that tell the case."""
+    def about(self) -> Columns:
         kind, shape = KINDS[self.kind], dict(zip("BHWC", self.shape, strict=True))
         what = {"kernel": kind.size, "stride": kind.stride, "activation": kind.activation}
-        return {"name": self.name, **shape, **what, "dtype": dtype_name(self.dtype)}
+        return {**shape, **what, "dtype": dtype_name(self.dtype)}
 
 
 @dataclass(frozen=True)

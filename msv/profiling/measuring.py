@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from msv.kept import Kept, Row, place
+from msv.kept import DONE, FAILED, Kept, Row, place
+from msv.provenance import names_code
 
 from .batches import turns
 from .timing import Work, call_seconds
-
-DONE, FAILED = "done", "failed"
 
 
 class Case(Protocol):
@@ -28,12 +28,34 @@ class Case(Protocol):
 C = TypeVar("C", bound=Case)
 
 
+class NamedCase(ABC):
+    """A case whose name tells it apart."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The row in words; no two cases share it."""
+
+    @abstractmethod
+    def about(self) -> Mapping[str, object]:
+        """The columns that tell the case, beside its name."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """As a row has it."""
+        return {name: str(value) for name, value in {"name": self.name, **self.about()}.items()}
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a row is measured.
 
     Attributes:
-        calls: of a turn, one after another, so that the host can run ahead of a GPU as it does in use.
+        calls: of a turn at most, one after another, so that the host can run ahead of a GPU as it does in use; fewer
+            where they would take longer than the turn's part of the seconds, but one.
         turns: at most; three at least, or as many as there are.
         seconds: after which no further turn begins.
         warmup: calls before anything is timed, in which kernels are compiled and loaded.
@@ -54,39 +76,37 @@ class Timed:
     turns: int
 
 
-def time_call(work: Work, device: torch.device, effort: Effort) -> Timed:
-    """Times one call after some to warm up."""
-    return time_calls({"work": work}, device, effort)["work"]
-
-
 def time_calls(works: Mapping[str, Work], device: torch.device, effort: Effort) -> dict[str, Timed]:
     """Times calls against each other, in turns, after some to warm up."""
-    for work in works.values():
+    counts = {}
+    for name, work in works.items():
         _repeat(work, effort.warmup)
+        seconds = call_seconds(work, device)
+        counts[name] = max(1, min(effort.calls, int(effort.seconds / effort.turns / seconds)))
     found = turns(
-        {name: partial(_repeat, work, effort.calls) for name, work in works.items()},
+        {name: partial(_repeat, work, counts[name]) for name, work in works.items()},
         lambda batches: {name: call_seconds(batch, device) for name, batch in batches.items()},
         effort.turns,
         effort.seconds,
     )
-    times = {name: [value / effort.calls for value in values] for name, values in found.items()}
+    times = {name: [value / counts[name] for value in values] for name, values in found.items()}
     return {name: Timed(statistics.median(one), min(one), len(one)) for name, one in times.items()}
 
 
 def missing(cases: Sequence[C], kept: Kept, where: Mapping[str, str], again: bool = False) -> list[C]:
     """The cases that have no finished row from this very place; those that failed here come last.
 
-    A case that takes the whole process with it must not keep the others from being measured.
+    A case that takes the whole process with it must not keep the others from being measured. Where the commit does not
+    say which code ran, nothing is finished: that code may have been changed since.
     """
-    if again:
-        return list(cases)
+    anew = again or not names_code(where["commit"])
     at_hand = [row for row in kept.read() if place(row) == tuple(where.values())]
 
     def state(case: C) -> str | None:
         return next((row["status"] for row in at_hand if case.columns.items() <= row.items()), None)
 
     states = [(case, state(case)) for case in cases]
-    left = [(case, found) for case, found in states if found in (None, FAILED)]
+    left = [(case, found) for case, found in states if anew or found in (None, FAILED)]
     return [case for case, _ in sorted(left, key=lambda entry: entry[1] == FAILED)]
 
 

@@ -7,15 +7,15 @@ a network trains; in place of squeeze-excitation's two small products stands a s
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from msv.kernels import Backend, gate, merge_routes
 
-from .operators import MAPS, QUICK_MAPS, Benchmark, dtype_name
-from .scan_call import Call, leaves
+from .measuring import NamedCase
+from .operators import MAPS, QUICK_MAPS, Benchmark
+from .scan_call import Call, Columns, dtype_name, leaves
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ KINDS = {"1/3 SE": Kind(1, 3, True), "4/0": Kind(4, 0, False), "0/4 SE": Kind(0,
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(NamedCase):
     """A mixer's merge and gate.
 
     Attributes:
@@ -102,11 +102,10 @@ class Case:
         tensors = leaves(normal(channels), normal(channels), z, *maps)
         return Call(trained, tensors, normal(*self.shape, dtype=self.dtype))
 
-    def row(self) -> dict[str, Any]:
-        """The columns that tell the case."""
+    def about(self) -> Columns:
         kind, shape = KINDS[self.kind], dict(zip("BHWD", self.shape, strict=True))
         what = {"full": kind.full, "half": kind.half, "se": kind.se}
-        return {"name": self.name, **shape, **what, "dtype": dtype_name(self.dtype)}
+        return {**shape, **what, "dtype": dtype_name(self.dtype)}
 
 
 BENCHMARK = Benchmark(

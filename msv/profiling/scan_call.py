@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Shape = dict[str, int | str]
+Columns = dict[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -31,3 +31,8 @@ class Call:
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same memory as tensors that gradients are asked of."""
     return tuple(t.detach().requires_grad_() for t in tensors)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the CSV has it: without torch."""
+    return str(dtype).removeprefix("torch.")

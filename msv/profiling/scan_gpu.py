@@ -1,6 +1,6 @@
 """The scan's benchmark on a GPU: beside a copy of the same bytes, the parallel scan, and Mamba's CUDA kernel."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +8,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from msv.kept import FAILED, Row, number
 from msv.kernels import Backend
 
 from .batches import time_batches, time_eagerly
+from .measuring import one_line
 from .scan_call import Call
 from .scan_gpu_cases import Case
 from .scan_rivals import SUPPORTED_MAPS, Kernel, RivalCall, rival_call
 from .timing import Timing, Work, nbytes, peak_memory
 
-ENVIRONMENT = ("device", "torch", "triton", "cuda", "msv", "commit")
 COLUMNS = (
     *("name", "operator", "B", "K", "D", "L", "N", "R", "map", "routes", "carry_state", "dtype", "backend"),
     *("forward_ms", "forward_min_ms", "forward_backward_ms", "forward_backward_min_ms"),
@@ -27,10 +28,9 @@ COLUMNS = (
     *("parallel_forward_ms", "parallel_forward_backward_ms", "parallel_note"),
     *("anchor_floor_ms", "anchor_forward_ms", "anchor_forward_backward_ms"),
     *("saved_bytes", "saved_ratio", "io_bytes", "peak_bytes", "memory_ratio"),
-    *("method", "input_sets", "repeats", "method_note", "error"),
-    *ENVIRONMENT,
+    *("method", "input_sets", "repeats", "method_note", "status", "error", "command"),
 )
-"""Of the CSV; empty where there is nothing to tell.
+"""Of the CSV, beside where a row was measured; empty where there is nothing to tell.
 
 Times are medians of one call, `min` the least. Ours, the copies and the rival are timed in turns, as `method` says:
 `graph`, batches of calls captured as CUDA graphs, without the host's part; or `calls`, the same calls from Python. A
@@ -73,49 +73,35 @@ class Effort:
 QUICK = Effort(repeats=1, seconds=0.0, batch_bytes=0, eager_calls=1)
 
 
-def measure(
-    cases: Sequence[Case],
+def measure_case(
+    case: Case,
     device: torch.device,
     backend: Backend = "triton",
     kernel: Kernel | None = None,
     parallel: bool = True,
     effort: Effort = Effort(),
-) -> Iterator[dict[str, Any]]:
-    """Measures one case after another; a case that fails gives a row with its `error`, and the next one follows.
+) -> dict[str, Any]:
+    """Measures one case; returns its columns.
 
     Args:
-        cases: what to measure.
+        case: what to measure.
         device: where.
         backend: of ours.
         kernel: the rival's, if there is one.
         parallel: whether to time the parallel scan too.
         effort: how long to time.
-
-    Yields:
-        rows: `COLUMNS` but for the environment.
     """
-    for case in cases:
-        known = {"name": case.name, "operator": case.operator, **case.shape()}
-        row = {column: None for column in COLUMNS if column not in ENVIRONMENT} | known
-        row |= {"dtype": str(case.dtype).removeprefix("torch."), "backend": backend, "floor_bytes": case.floor_bytes}
-        row |= {f"anchor_{name}_ms": value for name, value in vars(case.anchor).items()}
-        try:
-            row |= _ours_and_rival(case, device, backend, kernel, effort)
-            if parallel and backend != "parallel":
-                row |= _parallel(case, device)
-        except Exception as error:  # of any kind: a kernel that does not compile must not cost the other rows
-            row["error"] = _one_line(error)
-        yield row
+    row: dict[str, Any] = {"backend": backend, "floor_bytes": case.floor_bytes}
+    row |= {f"anchor_{name}_ms": value for name, value in vars(case.anchor).items()}
+    row |= _ours_and_rival(case, device, backend, kernel, effort)
+    if parallel and backend != "parallel":
+        row |= _parallel(case, device)
+    return row
 
 
-def failed(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether a case could not be measured."""
-    return any(row["error"] for row in rows)
-
-
-def table(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> Table:
-    """The rows for a reader; times in ms."""
-    title = "{device}, torch {torch}, triton {triton}".format(**environment)
+def table(rows: Sequence[Row], where: Mapping[str, str]) -> Table:
+    """Kept rows for a reader; times in ms."""
+    title = "{device}, torch {torch}, triton {triton}".format(**where)
     found = Table("scan", title=title, title_justify="left", caption_justify="left", pad_edge=False)
     found.caption = (
         "ms, medians of one call; copy: of the same bytes; ×x: over a copy of x; CUDA: the rival, in the same run;\n"
@@ -124,20 +110,21 @@ def table(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> Table:
     heads = ("copy", "fwd", "×copy", "×x", "CUDA", "faster", "anchor", "fwd+bwd", "CUDA", "faster", "anchor", "eager")
     for head in (*heads, "parallel", "saved", "peak MB"):
         found.add_column(head, justify="right", no_wrap=True)
+    names = ["copy_ms", "forward_ms", "forward_over_copy", "forward_over_copy_x"]
+    names += ["rival_forward_ms", "forward_speedup", "anchor_forward_ms"]
+    names += ["forward_backward_ms", "rival_forward_backward_ms", "forward_backward_speedup"]
+    names += [f"{name}_forward_backward_ms" for name in ("anchor", "eager", "parallel")]
     for row in rows:
-        if row["error"]:
+        if row["status"] == FAILED:
             found.add_row(row["name"], *[""] * 14, "failed")
             continue
-        ours = [row[name] for name in ("copy_ms", "forward_ms", "forward_over_copy", "forward_over_copy_x")]
-        rival = [row[name] for name in ("rival_forward_ms", "forward_speedup", "anchor_forward_ms")]
-        both = [f"{name}forward_backward{kind}" for name, kind in (("", "_ms"), ("rival_", "_ms"), ("", "_speedup"))]
-        both += [f"{name}_forward_backward_ms" for name in ("anchor", "eager", "parallel")]
-        numbers = [*ours, *rival, *(row[name] for name in both), row["saved_ratio"], row["peak_bytes"] / 1e6]
-        found.add_row(row["name"], *("" if number is None else f"{number:.3g}" for number in numbers))
+        peak = (number(row, "peak_bytes") or 0.0) / 1e6
+        values = [*(number(row, name) for name in names), number(row, "saved_ratio"), peak]
+        found.add_row(row["name"], *("" if value is None else f"{value:.3g}" for value in values))
     return found
 
 
-def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+def notes(rows: Sequence[Row]) -> list[str]:
     """A line for each thing that was not measured, and why."""
     lines = []
     for what in ("error", "method_note", "rival_note", "parallel_note"):
@@ -168,7 +155,7 @@ def _ours_and_rival(
             row["rival_difference"] = _difference(rivals[0].alike(calls[0].forward()), rivals[0].forward())
             rivals[0].forward_backward()
         except RuntimeError as error:
-            rivals, why_not = [], f"it fails: {_one_line(error)}"
+            rivals, why_not = [], f"it fails: {one_line(error)}"
     works |= {f"rival_{name}": [getattr(rival, name) for rival in rivals] for name in _WAYS if rivals}
     measured = time_batches(works, device, effort.repeats, effort.seconds)
     for name in _WAYS:
@@ -242,7 +229,7 @@ def _parallel(case: Case, device: torch.device) -> dict[str, Any]:
                 row["parallel_note"] = f"the backward not timed: the forward alone takes {seconds:.1f} s"
                 break
     except RuntimeError as error:  # out of memory, above all: what ours is compared with must not cost ours
-        row["parallel_note"] = f"it fails: {_one_line(error)}"
+        row["parallel_note"] = f"it fails: {one_line(error)}"
     return row
 
 
@@ -253,8 +240,3 @@ def _milliseconds(name: str, timing: Timing) -> dict[str, float]:
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     theirs = theirs.float()
     return ((ours.float() - theirs).norm() / theirs.norm()).item()
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

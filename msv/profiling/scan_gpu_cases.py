@@ -13,7 +13,8 @@ from torch import Tensor
 
 from msv.kernels import ROUTES, Backend, selective_scan, selective_scan_2d
 
-from .scan_call import Call, Shape, leaves
+from .measuring import NamedCase
+from .scan_call import Call, Columns, dtype_name, leaves
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 _SHORT = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
@@ -39,7 +40,7 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class SequenceCase:
+class SequenceCase(NamedCase):
     """1-D: u and delta (B, K·D, L), B and C (B, K, N, L), with softplus, skip and delta's bias.
 
     Attributes:
@@ -64,14 +65,13 @@ class SequenceCase:
 
     @property
     def name(self) -> str:
-        """The row in words; no two cases share it."""
         size = f"B{self.batch} K{self.groups} D{self.channels} L{self.length}"
         return f"1d {size} N{self.d_state} {_SHORT[self.dtype]}"
 
-    def shape(self) -> Shape:
-        """The columns that tell the shape."""
+    def about(self) -> Columns:
         sizes = {"B": self.batch, "K": self.groups, "D": self.channels, "L": self.length, "N": self.d_state}
-        return {**sizes, "R": "", "map": "", "routes": "", "carry_state": ""}
+        no_map = {"R": "", "map": "", "routes": "", "carry_state": ""}
+        return {"operator": self.operator, **sizes, **no_map, "dtype": dtype_name(self.dtype)}
 
     @property
     def elements(self) -> int:
@@ -109,7 +109,7 @@ class SequenceCase:
 
 
 @dataclass(frozen=True)
-class MapCase:
+class MapCase(NamedCase):
     """2-D: x (B, H, W, D), x_dbl (B, H, W, S, R + 2N), walked on K routes in one call.
 
     Attributes:
@@ -140,17 +140,16 @@ class MapCase:
 
     @property
     def name(self) -> str:
-        """The row in words; no two cases share it."""
         walk = "SS2D" if self.routes == SS2D else "+".join(route for route, _ in self.routes)
         size = f"B{self.batch} D{self.channels} {self.height}x{self.width}"
         return f"2d {walk} {size} N{self.d_state} {_SHORT[self.dtype]}"
 
-    def shape(self) -> Shape:
-        """The columns that tell the shape."""
+    def about(self) -> Columns:
         sizes = {"B": self.batch, "K": len(self.routes), "D": self.channels, "L": self.height * self.width}
         routes = " ".join(f"{route}:{weight_set}" for route, weight_set in self.routes)
-        place = {"map": f"{self.height}x{self.width}", "routes": routes, "carry_state": str(self.carry_state)}
-        return {**sizes, "N": self.d_state, "R": self.rank, **place}
+        walk = {"map": f"{self.height}x{self.width}", "routes": routes, "carry_state": str(self.carry_state)}
+        numbers = {"N": self.d_state, "R": self.rank}
+        return {"operator": self.operator, **sizes, **numbers, **walk, "dtype": dtype_name(self.dtype)}
 
     @property
     def elements(self) -> int:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msv.tasks.optimizer import adamw
-
 from .timing import Work, nbytes
 
+TASKS = ("inference", "training")
+PRECISIONS = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 """Ways to run a network: as it is, by `torch.compile` with its defaults, and that with CUDA graphs."""
 
@@ -30,10 +30,29 @@ class Step:
     held_bytes: int
 
 
-def random_images(network: nn.Module, batch: int, size: int, in_chans: int = 3) -> Tensor:
-    """Images (B, in_chans, size, size) on the device and in the dtype of the network's weights."""
-    weight = next(network.parameters())
-    return torch.randn(batch, in_chans, size, size, device=weight.device, dtype=weight.dtype)
+def random_step(
+    network: nn.Module, shape: tuple[int, int, int, int], num_classes: int, task: str, mode: str, precision: str
+) -> Step:
+    """A step of a network on random images, and labels, that lie where its weights do.
+
+    Args:
+        network: with weights in float32.
+        shape: of the images, (B, C, H, W).
+        num_classes: of the labels.
+        task: of `TASKS`.
+        mode: of `MODES`.
+        precision: of `PRECISIONS`: of weights and images in inference; in training that of autocast.
+
+    Raises:
+        ValueError: training in fp16, whose gradients vanish unless the loss is scaled.
+    """
+    device, dtype = next(network.parameters()).device, PRECISIONS[precision]
+    if task == "inference":
+        return inference_step(network.to(dtype), torch.randn(shape, device=device, dtype=dtype), mode)
+    if dtype is torch.float16:
+        raise ValueError("a training step in fp16 would need its loss scaled; use bf16 or float32")
+    images, labels = torch.randn(shape, device=device), torch.randint(num_classes, shape[:1], device=device)
+    return training_step(network, images, labels, mode, None if dtype is torch.float32 else dtype)
 
 
 def inference_step(network: nn.Module, images: Tensor, mode: str = "eager") -> Step:
@@ -65,6 +84,8 @@ def training_step(
         mode: of `MODES`.
         autocast: dtype of automatic mixed precision, as `bf16-mixed` has it; None for float32 alone.
     """
+    from msv.tasks.optimizer import adamw  # brings Lightning, which is heavy and of which inference needs nothing
+
     forward = _run_as(network.train(), mode)
     optimizer = adamw(network)
 

@@ -13,10 +13,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from .devices import wait_for
 from .timing import Work
 
 FAMILIES = (
     "scan",
+    "merge and gate",
     "depthwise convolution",
     "other convolution",
     "matrix products",
@@ -29,10 +31,15 @@ FAMILIES = (
 """In the order of the table. `idle` is the time in which the GPU ran nothing; on a CPU that of no operator, which is
 Python's and autograd's."""
 
-# Parts of the names of operators and kernels; the first family that fits.
+# How the names of what is ours begin, operators' and kernels'; whatever goes on inside of them belongs to them.
+_OURS = {
+    "scan": ("msv::selective_scan", "scan_1d_", "scan_2d_", "carry_chunks"),
+    "merge and gate": ("msv::merge_routes", "msv::gate", "normalise", "gate_"),
+    "depthwise convolution": ("msv::depthwise_conv", "convolve", "sum_weights"),
+}
+_OPTIMIZER = ("optimizer.", "_foreach_lerp", "fused_adam")
+# Parts of the names of other operators and kernels; the first family that fits.
 _BY_NAME = {
-    "scan": ("selective_scan", "scan_1d_", "scan_2d_"),
-    "optimizer": ("optimizer.", "_foreach_lerp", "fused_adam"),
     "depthwise convolution": ("dwconv", "depthwise"),
     "other convolution": ("convolution", "conv2d"),
     "normalisation": ("layer_norm", "layernorm", "batch_norm", "group_norm", "rms_norm"),
@@ -121,12 +128,12 @@ def trace(work: Work, device: torch.device, path: Path, steps: int = 3, warmup: 
     for _ in range(warmup):
         work()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    _wait(device)
+    wait_for(device)
     with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         start = time.perf_counter()
         for _ in range(steps):
             work()
-        _wait(device)
+        wait_for(device)
         seconds = time.perf_counter() - start
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -146,10 +153,11 @@ def family(names: Sequence[str], depthwise: bool = False) -> str:
         depthwise: whether one of the operators is a convolution whose weight has one channel a group.
     """
     names = [name.lower() for name in names]
-    # What goes on inside of a scan or an optimizer is its own, whatever it is.
-    for outer in ("scan", "optimizer"):
-        if any(part in name for name in names for part in _BY_NAME[outer]):
-            return outer
+    for ours, starts in _OURS.items():
+        if any(name.startswith(starts) for name in names):
+            return ours
+    if any(part in name for name in names for part in _OPTIMIZER):
+        return "optimizer"
     found = next((one for name in names if (one := _named(name)) is not None), "other elementwise")
     return "depthwise convolution" if depthwise and found == "other convolution" else found
 
@@ -220,8 +228,3 @@ def _summed(found: Iterator[tuple[str, str, float]]) -> tuple[Kernel, ...]:
         calls[name, one] += 1
     kernels = [Kernel(name, one, seconds[name, one], calls[name, one]) for name, one in seconds]
     return tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

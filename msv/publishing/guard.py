@@ -23,5 +23,5 @@ def commit_problem(commit: str | None, verb: str) -> str | None:
 
 
 def row_problem(row: Mapping[str, str]) -> str | None:
-    """Why a row that the comparison keeps is not to be published, None if it may be."""
-    return commit_problem(row["commit"], "measure")
+    """Why a measured row is not to be published, None if it may be."""
+    return commit_problem(row.get("commit"), "measure")

@@ -1,6 +1,5 @@
 """The index of what is published, `results/README.md`, made from what lies beside it."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from msv.ablation.paper import CONFOUNDED
 from msv.ablation.rows import Table
 from msv.ablation.tables import load_table
 from msv.comparison import accuracy, throughput
-from msv.files import write_atomic
+from msv.files import EXPERIMENTS, shipped_grids, write_atomic
 from msv.kept import Row
+from msv.publishing import goldens
 from msv.publishing.guard import row_problem
+from msv.publishing.timed import TIMED, TimedTable, timed_tables
 
-MEASURED, COUNTED, COMPARED, TIMED = "measured", "counted", "comparison", "benchmarks"
-"""What `results/` holds that git tracks."""
+MEASURED, COUNTED, COMPARED = "measured", "counted", "comparison"
+"""What `results/` holds that git tracks, beside what is timed."""
 
 _INTRODUCTION = """\
 # Results
@@ -25,12 +26,11 @@ What this code has measured, timed and counted; `python cli.py tables --all` mak
 what is kept here. The paper's own numbers (arXiv 2405.14174) stand beside ours in columns called *paper*, and nowhere
 else: no column holds both, and no mean is made of both.
 
-The grids are those of `experiments/`: `ablate_components` is Table 4, `ablate_scans` Table 5; `controls_components` and
-`controls_scans` are the same rows with control rows, at equal depth; `compare_baseline` is VMamba-Nano against MS2D.
+The grids are those of `experiments/`:
 
-What the paper's rows confound: in `ablate_components` {ablate_components}. In `ablate_scans` {ablate_scans}.""".format(
-    **CONFOUNDED
-)
+{grids}
+
+What the paper's rows confound: in `ablate_components` {ablate_components}. In `ablate_scans` {ablate_scans}."""
 
 
 _TITLES = {
@@ -38,11 +38,12 @@ _TITLES = {
     "table_6": "Table 6: throughput in inference",
     "table_7": "Table 7: architectures",
     "fig_1": "Fig. 1: accuracy against FLOPs",
+    "goldens": "Differences from what the published code computed",
     "ablate_components": "ablate_components: the rows of Table 4",
     "ablate_scans": "ablate_scans: the rows of Table 5",
     "compare_baseline": "compare_baseline: VMamba-Nano against MS2D",
-    "controls_components": "controls_components: the rows of Table 4 and their controls",
-    "controls_scans": "controls_scans: the rows of Table 5 and their controls",
+    "controls_components": "controls_components: the rows of Table 4 and their controls, at equal depth",
+    "controls_scans": "controls_scans: the rows of Table 5 and their controls, of states and weight sets",
     "pathfinder_scans": "pathfinder_scans: the rows of Table 5 and controls without recurrence, for Pathfinder",
 }
 """File -> what the index calls it."""
@@ -56,7 +57,14 @@ def write_index(results: Path) -> Path:
         OSError: the file cannot be written.
     """
     tables = {folder: load_table(folder) for folder in kept_folders(results)}
-    sections = [_INTRODUCTION, _measured(results, tables), _top1(results), _timed(results), _counted(results)]
+    sections = [
+        _introduction(),
+        _measured(results, tables),
+        _top1(results),
+        _agreement(results),
+        _timed(results),
+        _counted(results),
+    ]
     path = results / "README.md"
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
@@ -65,6 +73,15 @@ def write_index(results: Path) -> Path:
 def kept_folders(results: Path) -> list[Path]:
     """Folders of the grids that are published in a results folder."""
     return sorted(path.parent for path in (results / MEASURED).glob(f"*/*/{GRID_FILE}"))
+
+
+def _introduction() -> str:
+    lines = []
+    for path in shipped_grids():
+        about = _TITLES.get(path.stem, "").partition(": ")[2]
+        link = f"[`{path.stem}`](../{path.relative_to(EXPERIMENTS.parent).as_posix()})"
+        lines.append(f"- {link}: {about}" if about else f"- {link}")
+    return _INTRODUCTION.format(grids="\n".join(lines), **CONFOUNDED)
 
 
 def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
@@ -83,7 +100,7 @@ def _measured(results: Path, tables: Mapping[Path, Table]) -> str:
                 f"[{table.name}]({where}/table.md)",
                 table.recipe,
                 _told(describe_data(record) for record in done),
-                f"{len(done)} of {len(runs)}{origin}",
+                f"{len(done)} of {len(runs)}{origin}{'' if table.tested else ', validated alone, not tested'}",
                 _told(str(seed) for cell in table.records.values() for seed in cell),
                 _told(machine(record["env"]).partition("; ")[0] for record in done),
                 _told(f"`{record['env']['commit']}`" for record in done),
@@ -128,20 +145,42 @@ def _top1(results: Path) -> str:
     return "\n\n".join([title, f"{link} has them beside the paper's.", table, f"By {_commands(rows)}."])
 
 
+def _agreement(results: Path) -> str:
+    rows = _fit(goldens.store(results / COMPARED).read())
+    if not rows:
+        return ""
+    lines = [
+        [
+            row["quantity"],
+            f"{float(row['difference']):.1e}",
+            f"{float(row['tolerance']):g}",
+            row["measure"],
+            f"`{row['golden']}`, {row['network']}, {row['size']}",
+        ]
+        for row in goldens.largest(rows)
+    ]
+    link = f"[{_TITLES['goldens']}]({COMPARED}/goldens.md)"
+    titles = ["tensors", "difference", "allowed", "which is", "of"]
+    devices, commits = _told(row["device"] or "–" for row in rows), _told(f"`{row['commit']}`" for row in rows)
+    return "\n\n".join(
+        [
+            "## Agreement with the published model",
+            f"{link}, on the same weights and images. The largest, on {devices} at commit {commits}:",
+            pipe_table(titles, lines, words=len(titles)),
+            f"By {_commands(rows)}.",
+        ]
+    )
+
+
 def _timed(results: Path) -> str:
-    lines, notes = [], []
-    benchmarks: set[str] = set()
-    for path in sorted((results / TIMED).glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        lines.append(_timed_line(path.stem, path.relative_to(results), rows))
-        benchmarks.add(path.stem.rsplit("_", 1)[0])  # its name is followed by the device
-    if benchmarks:
-        commands = ", ".join(f"`python cli.py benchmark {name}`" for name in sorted(benchmarks))
-        notes = [f"Timed by {commands}, on the device that the table names."]
-    speeds = _fit(throughput.store(results / COMPARED).read())
+    tables = [table for table in timed_tables(results) if table.rows]
+    lines = [_timed_line(_timed_links(table, results), _share(table), table.rows) for table in tables]
+    commands = [command for table in tables for command in table.commands]
+    notes = ["Timed by\n\n```sh\n" + "\n".join(dict.fromkeys(commands)) + "\n```"] if commands else []
+    speeds = _fit(throughput.kept_rows(results / TIMED))
     if speeds:
-        lines.append(_timed_line(_TITLES["table_6"], Path(COMPARED, "table_6.md"), speeds))
+        link = f"[{_TITLES['table_6']}]({COMPARED}/table_6.md)"
+        lines.append(_timed_line(link, str(len(speeds)), speeds))
         notes.append(f"Table 6 by {_commands(speeds)}.")
     else:
         notes.append(
@@ -151,9 +190,22 @@ def _timed(results: Path) -> str:
     return "\n\n".join(part for part in ("## Timed here", table, *notes) if part)
 
 
-def _timed_line(title: str, path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
-    told = [_told(row.get(column) or "–" for row in rows) for column in ("device", "torch", "commit")]
-    return [f"[{title}]({path.as_posix()})", str(len(rows)), *told]
+def _timed_line(links: str, rows: str, taken: Sequence[Mapping[str, str]]) -> list[str]:
+    return [links, rows, *(_told(row.get(column) or "–" for row in taken) for column in ("device", "torch", "commit"))]
+
+
+def _timed_links(table: TimedTable, results: Path) -> str:
+    """A timed table by its page, if it has one, with what else there is of it."""
+    others = {"CSV": table.path if table.page else None, "plot": table.plot}
+    links = [f"[{what}]({path.relative_to(results).as_posix()})" for what, path in others.items() if path]
+    told = f"[{table.path.stem}]({(table.page or table.path).relative_to(results).as_posix()})"
+    return f"{told} ({', '.join(links)})" if links else told
+
+
+def _share(table: TimedTable) -> str:
+    """How many rows of a table are published."""
+    rows, left_out = len(table.rows), len(table.left_out)
+    return f"{rows} of {rows + left_out}" if left_out else str(rows)
 
 
 def _counted(results: Path) -> str:

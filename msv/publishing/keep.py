@@ -84,7 +84,7 @@ def keep_grid(folder: Path, measured: Path, replace: bool = False) -> Kept:
         raise ValueError(f"{folder}: no run to publish: {reasons}; expected finished runs of a known commit")
 
     before = _published(target)
-    lost = _lost(before, sources, listed)
+    lost = _lost(before, sources, listed) if _ends_alike(target, listed) else list(before)
     if lost and not replace:
         titles = ", ".join(f"{cell} seed {seed}" for cell, seed, _ in lost)
         raise ValueError(
@@ -112,6 +112,11 @@ def _published(target: Path) -> dict[Key, Path]:
     return {run: path for run, path in runs.items() if (path / RECORD_NAME).is_file()}
 
 
+def _ends_alike(target: Path, listed: Mapping[str, Any]) -> bool:
+    """Whether what is published was tested if the grid's runs are, and validated alone if those are."""
+    return not (target / GRID_FILE).is_file() or read_grid_file(target)["test"] == listed["test"]
+
+
 def _lost(before: Mapping[Key, Path], sources: Mapping[Key, Path], listed: Mapping[str, Any]) -> list[Key]:
     """Published runs that the grid has no place for any more, or another record."""
     lost = []
@@ -121,7 +126,7 @@ def _lost(before: Mapping[Key, Path], sources: Mapping[Key, Path], listed: Mappi
         else:  # as long as the cell's configuration is still this one, be it with another seed
             config = yaml.safe_load((path / CONFIG_NAME).read_text(encoding="utf-8"))
             now = listed["cells"].get(run[0], {"runs": {}})["runs"]
-            stays = any(config_hash(with_seed(config, seed)) == digest for seed, digest in now.items())
+            stays = any(config_hash(with_seed(config, seed), listed["test"]) == digest for seed, digest in now.items())
         if not stays:
             lost.append(run)
     return lost

@@ -6,10 +6,13 @@ from pathlib import Path
 from msv import comparison
 from msv.ablation.counted import write_counts
 from msv.ablation.tables import make_table
-from msv.comparison import accuracy, throughput
+from msv.comparison import accuracy
 from msv.files import shipped_grids
+from msv.kept import Row
+from msv.publishing import goldens
 from msv.publishing.guard import row_problem
 from msv.publishing.index import COMPARED, COUNTED, kept_folders, write_index
+from msv.publishing.timed import TIMED, timed_tables
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Written:
 
     Args:
         files: those written.
-        left_out: measured rows of the comparison that its tables do not take, each with the reason.
+        left_out: measured and timed rows that the tables and the index do not take, each with the reason.
     """
 
     files: list[Path]
@@ -32,7 +35,8 @@ def write_all(results: Path) -> Written:
         results: folder that holds ``measured/`` and what the comparison kept, and gets the rest.
 
     Returns:
-        The files written, and the measured rows left out of them because nobody can say which code measured them.
+        The files written, and the measured rows left out of them because they failed, or because nobody can say which
+        code measured them.
 
     Raises:
         ValueError: a published record is damaged; all other tables are written.
@@ -49,15 +53,20 @@ def write_all(results: Path) -> Written:
             written += [path for path in (made.csv, made.markdown, made.plot) if path is not None]
     for file in shipped_grids():
         written += write_counts(file, results / COUNTED)
-    written += comparison.write_all(results / COMPARED, lambda row: row_problem(row) is None)
+    written += comparison.write_all(results / COMPARED, results / TIMED, _may_be_published)
+    written += goldens.write_page(results / COMPARED, _may_be_published)
     if problems:
         raise ValueError("; ".join(problems))
-    return Written([*written, write_index(results)], _left_out(results / COMPARED))
+    return Written([*written, write_index(results)], _left_out(results))
 
 
-def _left_out(folder: Path) -> list[str]:
-    told = []
-    for store in (accuracy.store(folder), throughput.store(folder)):
+def _may_be_published(row: Row) -> bool:
+    return row_problem(row) is None
+
+
+def _left_out(results: Path) -> list[str]:
+    told = [f"{table.path}, {reason}" for table in timed_tables(results) for reason in table.left_out]
+    for store in (accuracy.store(results / COMPARED), goldens.store(results / COMPARED)):
         for row in store.read():
             if problem := row_problem(row):
                 told.append(f"{store.path}: {', '.join(store.identity(row))}: {problem}")

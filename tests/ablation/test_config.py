@@ -135,6 +135,11 @@ def test_where_it_runs_leaves_the_hash(key, value):
     assert not changed(key, value)
 
 
+def test_a_run_that_is_not_tested_is_another():
+    assert config_hash(base(), tested=True) == config_hash(base())
+    assert config_hash(base(), tested=False) != config_hash(base())
+
+
 def test_new_keys_that_follow_or_say_nothing_leave_the_hash():
     config = base()
     config["trainer"]["strategy"] = "ddp"

@@ -241,6 +241,20 @@ def test_grid_file_follows_a_change_of_one_cell(tmp_path):
     assert {name: list(cell["runs"]) for name, cell in listed["cells"].items()} == {"a": [0, 1], "b": [0]}
 
 
+def test_seeds_that_were_not_tested_are_listed_with_their_like_alone(tmp_path):
+    validated, runs = write(tmp_path, seeds=[0, 1], test=False)
+    assert validated["test"] is False
+    assert [run.tested for run in runs] == [False] * len(runs)
+    more, _ = write(tmp_path, seeds=[2], test=False)
+    assert [sorted(cell["runs"]) for cell in more["cells"].values()] == [[0, 1, 2]] * len(more["cells"])
+    tested, runs = write(tmp_path, seeds=[2])
+    assert tested["test"] is True
+    assert all(run.tested for run in runs)
+    for name, cell in tested["cells"].items():
+        assert cell["runs"].keys() == {2}
+        assert cell["runs"][2] != more["cells"][name]["runs"][2]
+
+
 def test_grid_file_wants_all_cells(tmp_path):
     grid = Grid("g", axes={SCANS: [0, 1]}, results=str(tmp_path))
     runs = resolve_runs(grid, base())

@@ -213,6 +213,12 @@ def test_a_file_stays_whole_where_something_is_wrong(tmp_path):
         (["msvmamba_nano", "--num_classes", "-1"], "num_classes is -1; expected 0 or more"),
         (["msvmamba_nano", "--memory", "--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
         (["deit_tiny_patch16_224", "--image_size", "256"], "deit_tiny_patch16_224: no image of 3×256×256 fits"),
+        (["msvmamba_nano", "--inference"], "--inference belongs to --trace FILE; add that"),
+        (["msvmamba_nano", "--mode", "eager"], "--mode belongs to --trace FILE"),
+        (["msvmamba_nano", "--precision", "bf16"], "--precision belongs to --trace FILE"),
+        (["msvmamba_nano", "--device", "cpu"], "--device belongs to --trace FILE"),
+        (["msvmamba_nano", "--steps", "0"], "--steps belongs to --trace FILE"),
+        (["msvmamba_nano", "--batch_size", "4"], "--batch_size belongs to --memory or --trace FILE"),
         (["msvmamba_nano", "--out", "a.xlsx"], "--out a.xlsx: the name tells no format; end it in .csv"),
     ],
 )
@@ -259,6 +265,12 @@ def test_trace_of_a_forward(tmp_path, capsys):
         (["vmamba_nano", "msvmamba_nano", "--trace", "a.json"], "and 2 are named"),
         (["vmamba_nano", "--trace", "a.txt"], r"--trace a\.txt: expected a file that ends in \.json"),
         (["vmamba_nano", "--trace", "a.json", "--steps", "0"], "--steps is 0; expected 1 or more"),
+        (["vmamba_nano", "--trace", "a.json", "--memory"], "--memory belongs to counting; give it without --trace"),
+        (["vmamba_nano", "--trace", "a.json", "--no-parts"], "--parts belongs to counting; give it without --trace"),
+        (
+            ["vmamba_nano", "--trace", "a.json", "--precision", "fp16", "--device", "cpu", "--image_size", "32"],
+            "a training step in fp16 would need its loss scaled",
+        ),
     ],
 )
 def test_what_cannot_be_traced(words, message):

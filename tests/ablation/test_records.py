@@ -33,6 +33,13 @@ def test_round_trip_as_plain_json(tmp_path):
         ({"metrics": {}}, "metrics.test_top1 is None"),
         ({"metrics": {"test_top1": 98.5}}, "metrics.test_top1 is 98.5, expected a fraction"),
         ({"env": "laptop"}, "'env' is 'laptop', expected an object"),
+        ({"metrics": {"val_top1": 0.5}}, "metrics.test_top1 is None"),
+        ({"tested": False}, "metrics.val_top1 is None"),
+        ({"tested": "no"}, "'tested' is 'no', expected true or false"),
+        (
+            {"tested": False, "metrics": {"val_top1": 0.5, "test_loss": 0.1}},
+            "'tested' is False, and there are test_loss; expected nothing of the test split",
+        ),
     ],
 )
 def test_a_wrong_record_is_neither_written_nor_read(tmp_path, changes, message):
@@ -51,6 +58,11 @@ def test_a_wrong_record_is_neither_written_nor_read(tmp_path, changes, message):
 def test_a_run_that_is_not_done_needs_no_metrics(tmp_path):
     write_record(tmp_path / "record.json", a_record(status="running", metrics=None))
     assert read_record(tmp_path / "record.json")["status"] == "running"
+
+
+def test_a_run_without_a_test_has_metrics_of_validation(tmp_path):
+    write_record(tmp_path / "record.json", a_record(tested=False, metrics={"val_top1": 0.5}))
+    assert read_record(tmp_path / "record.json")["metrics"] == {"val_top1": 0.5}
 
 
 def test_values_without_json_form(tmp_path):

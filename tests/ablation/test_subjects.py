@@ -5,7 +5,7 @@ import yaml
 
 from msv.ablation.paper import PAPER_ROWS
 from msv.ablation.subjects import GRIDS, grid_rows, subjects
-from msv.files import EXPERIMENTS
+from msv.files import EXPERIMENTS, shipped_grids
 from msv.models import PRESETS
 
 NETWORK = {"class_path": "msv.models.MSVMamba", "init_args": {"dims": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}}
@@ -66,7 +66,7 @@ def test_by_name_in_order_and_once():
     assert {("ablate_scans", "full_scans=0"), ("compare_baseline", "ms2d_equal_depth")} <= set(found)
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", shipped_grids(), ids=lambda path: path.stem)
 def test_every_shipped_grid_by_name(path):
     found = subjects([path.stem])
     assert found

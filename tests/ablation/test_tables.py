@@ -1,9 +1,11 @@
 import csv
 import io
+import json
 import re
 import shutil
 
 import pytest
+import yaml
 
 from msv.ablation.grid import resolve_runs, write_grid_file
 from msv.ablation.records import write_record
@@ -35,13 +37,14 @@ def base():
     }
 
 
-def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", against=None, groups=None, **changes):
+def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", against=None, groups=None, test=True, **changes):
     """Write a grid and records as if trained: full_scans -> top-1 by seed (None: a missing run, str: a status)."""
     seeds = list(range(max(len(values) for values in accuracies.values())))
     grid = Grid(name, axes={SCANS: list(accuracies)}, seeds=seeds, baseline=baseline, results=str(root),
-                against=against or {}, groups=groups or {})  # fmt: skip
+                against=against or {}, groups=groups or {}, test=test)  # fmt: skip
     runs = resolve_runs(grid, base())
     write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
+    split = "test" if test else "val"
     for run in runs:
         full_scans = run.cell.overrides[SCANS]
         outcome = accuracies[full_scans][run.seed]
@@ -56,7 +59,7 @@ def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", against=No
             "config_hash": run.config_hash,
             "status": status,
             "network": run.config["model"]["init_args"]["network"],
-            "metrics": {"test_top1": outcome, "test_top1_raw": outcome - 0.01} if status == "done" else {},
+            "metrics": {f"{split}_top1": outcome, f"{split}_top1_raw": outcome - 0.01} if status == "done" else {},
             "counts": {
                 "params": 5_000_400 + full_scans,
                 "gflops_fvcore": 0.7 + 0.1 * full_scans,
@@ -67,6 +70,7 @@ def fabricate(root, accuracies, *, baseline="full_scans=1", name="g", against=No
             "schedule": {"epochs": 30, "global_batch_size": 64, "lr": 0.001, "precision": "32-true"},
             "env": ENV,
             "error": "ValueError: the loss is nan\nat step 7 | batch" if status == "failed" else None,
+            **({} if test else {"tested": False}),
             **changes.get(f"{full_scans}-{run.seed}", {}),
         }
         write_record(run.folder / "record.json", record)
@@ -119,6 +123,7 @@ def test_columns_and_numbers_of_the_csv(tmp_path):
         "delta_to": "full_scans=1",
         "group": "",
         "answers": "",
+        "split": "test",
     }
     assert four == expected
     assert (one["delta_mean"], one["delta_n"], one["p_holm"], one["differs"]) == ("", "", "", "")
@@ -204,6 +209,28 @@ def test_what_cuts_a_run_short_and_the_split_are_told(tmp_path):
     assert "of the test split, last epoch" in text
 
 
+def test_a_table_of_runs_that_are_not_tested_says_so(tmp_path):
+    accuracies = {1: [0.70, 0.71], 4: [0.72, 0.74]}
+    folder = fabricate(tmp_path, accuracies, test=False)
+    make_table(folder)
+    tested = fabricate(tmp_path / "tested", accuracies)
+    make_table(tested)
+    text = (folder / "table.md").read_text()
+    assert "- **Not tested**: runs end with validation" in text.partition("- **Data**")[0]
+    assert "- **top-1, %**: of the val split" in text
+    assert "Not tested" not in (tested / "table.md").read_text()
+    one, four = read_csv(folder)
+    assert (one["split"], four["split"], four["top1_mean"], four["top1_raw_mean"]) == ("val", "val", "73.00", "72.00")
+    # Another run than the tested one, in a folder of its own.
+    runs = [{path.parent.name for path in place.glob("*/*/record.json")} for place in (folder, tested)]
+    assert not runs[0] & runs[1]
+
+    # Run again with a test, the grid lists none of them.
+    fabricate(tmp_path, {1: [0.5], 4: [0.5]}, baseline="full_scans=1")
+    table = load_table(folder)
+    assert (table.split, [dict(row.top1) for row in table.rows]) == ("test", [{0: 50.0}, {0: 50.0}])
+
+
 def test_failed_missing_and_mixed_cells(tmp_path):
     rows = {
         0: ["failed", "failed"],
@@ -279,6 +306,23 @@ def test_records_that_disagree_are_all_listed(tmp_path):
     assert "9 train, 360 val, 360 test images of 1×32×32; 10 classes (`full_scans=4`)" in text
     assert "**Schedule**: 30 epochs" in text
     assert "the seeds of full_scans=4 disagree" in text
+
+
+def test_what_the_grid_varies_is_told_by_cell(tmp_path):
+    schedule = {"epochs": 30, "global_batch_size": 64, "lr": 0.001, "precision": "32-true"}
+    folder = fabricate(tmp_path, {1: [0.7, 0.71], 4: [0.71, 0.73]})
+    listed = yaml.safe_load((folder / "grid.yaml").read_text())
+    (folder / "grid.yaml").write_text(yaml.safe_dump({**listed, "toggles": [*listed["toggles"], "init_args.lr"]}))
+    paths = sorted(folder.glob("full_scans=4/*/record.json"))
+    for path in paths:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schedule": {**schedule, "lr": 0.002}}))
+    text = make_table(folder).markdown.read_text()
+    assert (
+        "**Schedule**: by cell: 30 epochs, batch 64, lr 0.001, precision 32-true (`full_scans=1`); "
+        "30 epochs, batch 64, lr 0.002, precision 32-true (`full_scans=4`)\n"
+    ) in text
+    paths[0].write_text(json.dumps({**json.loads(paths[0].read_text()), "schedule": schedule}))
+    assert "**Schedule**: **the records disagree**" in make_table(folder).markdown.read_text()
 
 
 def test_without_baseline_or_printed_numbers_their_columns_go(tmp_path):

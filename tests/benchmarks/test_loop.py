@@ -6,7 +6,7 @@ import torch
 from msv.benchmarks import command, loop
 from msv.benchmarks.loop import COLUMNS, RandomImages, plan, told
 from msv.kept import ENVIRONMENT
-from msv.profiling import steps
+from msv.profiling import networks, steps
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def small(monkeypatch):
         def forward(self, images):
             return self.linear(images.mean(dim=(2, 3)))
 
-    monkeypatch.setattr(loop, "create", lambda model, size: Means())
+    monkeypatch.setattr(networks, "create", lambda model, size: Means())
 
 
 def run(folder, *options):
@@ -31,7 +31,7 @@ def run(folder, *options):
         return status, path.name, list(csv.DictReader(file))
 
 
-def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys):
+def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys, clean_commit):
     status, name, rows = run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")
     assert (status, name) == (0, "loop_cpu.csv")
     (row,) = rows
@@ -42,6 +42,10 @@ def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys):
     assert float(row["overhead"]) > 0.03
     assert "MISSED: msvmamba_nano, eager, float32, 2 of 32×32: a step of fit takes" in capsys.readouterr().out
     assert run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")[2] == rows
+    # A shorter run is not taken for it, nor takes its place.
+    longer = run(tmp_path, "--steps", "3", "--rounds", "3", "--batch", "2")[2]
+    assert [(row["steps"], row["rounds"]) for row in longer] == [("3", "2"), ("3", "3")]
+    assert longer[0] == row
 
 
 def test_quick(tmp_path, small, capsys):
@@ -65,7 +69,7 @@ def test_the_stopwatch_counts_whole_steps(small, monkeypatch):
 
 
 def test_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "create", lambda model, size: 1 / 0)
+    monkeypatch.setattr(networks, "create", lambda model, size: 1 / 0)
     status, _, rows = run(tmp_path, "--quick")
     assert (status, rows[0]["status"]) == (1, "failed")
 
@@ -98,3 +102,14 @@ def test_every_mode_compiles_as_torch_knows_it(mode, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **options: (network, options))
     found = steps._run_as("network", mode)
     assert found == ("network" if mode == "eager" else ("network", steps.MODES[mode]))
+
+
+def test_what_is_given_wins_over_quick():
+    (case,) = plan(torch.device("cpu"), loop._parser().parse_args(["--quick", "--steps", "4", "--batch", "3"]))
+    assert (case.steps, case.rounds, case.batch) == (4, 1, 3)
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--rounds", "-1"]])
+def test_numbers_out_of_range(tmp_path, words):
+    with pytest.raises(ValueError, match=f"{words[0]} is {words[1]}; expected 1 or more"):
+        command.main(["loop", "--device", "cpu", "--out", str(tmp_path), *words])

@@ -3,11 +3,12 @@ import csv
 import pytest
 import torch
 
-from msv.benchmarks import command, networks, scaling
-from msv.benchmarks.networks import SWIN
+from msv.benchmarks import command, scaling
 from msv.benchmarks.scaling import COLUMNS, as_series, exponent, growth, series
 from msv.benchmarks.scaling_plot import Series, plot
+from msv.comparison.systems import SWIN
 from msv.kept import ENVIRONMENT
+from msv.profiling import networks
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def run(folder, *options):
         return status, path.name, list(csv.DictReader(file))
 
 
-def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, capsys):
+def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, capsys, clean_commit):
     sizes = ("--batches", "1", "2", "4", "--sizes", "32", "64", "--batch", "1", "--task", "inference")
     status, name, rows = run(tmp_path, *sizes)
     assert (status, name) == (0, "scaling_cpu.csv")
@@ -50,7 +51,7 @@ def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, caps
     assert "msvmamba_nano, inference, eager, batch 1: time grows as pixels to the power of" in printed
     assert "does not fit" in printed
     assert run(tmp_path, *sizes)[2] == rows
-    assert "5 cells are finished and skipped" in capsys.readouterr().out
+    assert "5 rows are finished and skipped" in capsys.readouterr().out
 
 
 def test_another_error_is_a_failure(tmp_path, monkeypatch):
@@ -133,3 +134,10 @@ def test_the_same_numbers_give_the_same_picture():
 def test_sizes_out_of_range(tmp_path, words):
     with pytest.raises(ValueError, match=f"{words[0]} is {words[1]}; expected"):
         command.main(["scaling", "--device", "cpu", "--out", str(tmp_path), *words])
+
+
+def test_what_is_given_wins_over_quick():
+    options = scaling._parser().parse_args(["--quick", "--batch", "3", "--only", "msvmamba_nano"])
+    found = series(torch.device("cpu"), options)
+    assert {case.batch for case in found[1]} == {3}
+    assert {case.size for case in found[0]} == {64}

@@ -13,15 +13,16 @@ import torch
 import yaml
 from PIL import Image
 
+from msv.data.pathfinder import LEVELS
 from msv.experiment import ExperimentCLI, with_default_recipe
+from msv.files import shipped_grids
 from msv.models import MSVMamba
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "configs"
 TINY = ["--config", str(CONFIGS / "grid.yaml"), "--config", str(CONFIGS / "quick.yaml")]
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.yaml"))
-GRIDS = [path for path in EXPERIMENTS if path.stem != "train"]
+GRIDS = shipped_grids()
 
 spec = importlib.util.spec_from_file_location("cli", ROOT / "cli.py")
 assert spec is not None
@@ -125,6 +126,63 @@ def test_every_recipe_leaves_the_architecture_alone(grid, recipe):
         assert same == {key: plain[run.cell.name]["init_args"][key] for key in same}
     assert "model" in yaml.safe_load(recipe.read_text())
     assert "grid" not in yaml.safe_load(recipe.read_text())
+
+
+def test_the_recipe_is_searched_for_around_itself_without_a_test():
+    search, recipe = (ROOT / "experiments" / name for name in ("search_recipe.yaml", "recipes/fashion_mnist.yaml"))
+    runs = runs_of(search)
+    assert {(run.recipe, run.tested) for run in runs} == {("fashion_mnist", False)}
+    assert len(runs) == 12 * 2
+    (base, *_) = (run.config for run in runs if run.cell.name == "lr=0.001,batch_size=128")
+    (frozen,) = (run.config for run in runs_of(ROOT / "experiments" / "compare_baseline.yaml", recipe)
+                 if run.cell.name == "vmamba_nano")  # fmt: skip
+    # What is searched around is the recipe, but for its length.
+    assert dict(flat(base)).items() ^ dict(flat(frozen)).items() == {
+        ("trainer.max_epochs", 8), ("trainer.max_epochs", 30),
+        ("model.init_args.warmup_epochs", 1), ("model.init_args.warmup_epochs", 3),
+    }  # fmt: skip
+    searched = {"lr", "weight_decay", "drop_path_rate", "max_shift", "mixup", "cutmix", "batch_size"}
+    assert set(runs[0].cell.toggles) == searched
+
+
+def flat(config, prefix=""):
+    """The leaves of a config by dotted key."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_difficulty_is_searched_for_without_a_test(size):
+    recipe = ROOT / "experiments" / "recipes" / f"pathfinder_{size}.yaml"
+    runs = runs_of(ROOT / "experiments" / "search_difficulty.yaml", recipe)
+    assert {run.recipe for run in runs} == {recipe.stem}
+    assert {run.config["data"]["init_args"]["image_size"] for run in runs} == {size}
+    assert not any(run.tested for run in runs)
+    found = {}
+    for run in runs:
+        network = run.config["model"]["init_args"]["network"]["init_args"]
+        found.setdefault(run.config["data"]["init_args"]["difficulty"], []).append(network)
+    assert sorted(found) == list(LEVELS)
+    # The very networks that the grid compares afterwards.
+    compared = {run.cell.name: run.config for run in runs_of(ROOT / "experiments" / "pathfinder_scans.yaml", recipe)}
+    names = ("vmamba_nano", "vmamba_nano,no_recurrence")
+    networks = [compared[name]["model"]["init_args"]["network"]["init_args"] for name in names]
+    assert all(pair == networks for pair in found.values())
+
+
+def test_a_difficulty_has_results_of_its_own_by_the_recipes_name(run):
+    files = [ROOT / "experiments" / name for name in ("pathfinder_scans.yaml", "recipes/pathfinder_64.yaml")]
+    words = ["fit", *(word for file in files for word in ("--config", str(file)))]
+    words += ["--grid.dry_run", "true", "--grid.only", "[full_scans=1]"]
+    seen = []
+    for more in ([], ["--data.difficulty", "4", "--grid.recipe", "pathfinder_64_d4"]):
+        status, out, _ = run(*words, *more)
+        assert status == 0
+        seen.append(re.search(r"results/pathfinder_scans/(\w+)/full_scans=1/", out)[1])
+    assert seen == ["pathfinder_64", "pathfinder_64_d4"]
 
 
 def test_train_is_a_grid_of_one_run():
@@ -304,6 +362,15 @@ def test_help_is_quiet(words):
     assert done.stderr == ""
     assert "eprecat" not in done.stdout
     assert "usage" in done.stdout
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, (module, what) in cli.COMMANDS.items():
+        assert f"{name} ({what})" in told
+        assert callable(importlib.import_module(module).main)
 
 
 @pytest.mark.parametrize("command", ["tables", "keep"])

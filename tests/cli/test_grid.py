@@ -229,6 +229,30 @@ def test_a_run_whose_process_is_killed(run, tmp_path, monkeypatch):
     assert "ended by SIGKILL (out of memory?)" in killed["error"]
 
 
+def test_a_run_that_is_not_tested(run, tmp_path, monkeypatch):
+    """Nothing asks for the test images, the record has nothing of them, and a tested grid trains anew."""
+    monkeypatch.syspath_prepend(CONFIGS)
+    words = fit(tmp_path, *ONE, "--trainer.max_epochs", "2")
+    status, out, err = run(*words, "--grid.test", "false", "--data.class_path", "misbehave.Untestable")
+    assert status == 0, out + err
+    validated = record(tmp_path, "full_scans=1")
+    assert validated["tested"] is False
+    assert set(validated["metrics"]) == {
+        f"val_{name}{raw}" for name in ("top1", "top5", "loss") for raw in ("", "_raw")
+    }
+    assert validated["metrics"]["val_top1"] == pytest.approx(validated["history"][-1]["val_top1"])
+    assert f"val top-1 {100 * validated['metrics']['val_top1']:.2f}%" in out
+    assert "- **Not tested**" in (tmp_path / "tiny/quick/table.md").read_text()
+
+    # Without the switch the same data tell that they are asked for.
+    status, out, _ = run(*words, "--data.class_path", "misbehave.Untestable")
+    assert status == 1
+    assert "the test split was asked for" in out
+    folders = {path.parent.name for path in (tmp_path / "tiny/quick/full_scans=1").glob("seed0-*/record.json")}
+    assert len(folders) == 2
+    assert validated["folder"].name in folders
+
+
 def test_running_elsewhere_and_running_without_a_holder(run, straight, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(straight["folder"].parents[3], results)

@@ -143,6 +143,8 @@ def test_evaluate_keeps_and_skips(imagenet, tmp_path, means, monkeypatch, where)
     path.write_bytes(b"others")
     assert run(where | {"commit": "another"})[1] == 2
     assert len(kept.read()) == 1
+    for commit in ("unknown", "0123456789ab+dirty"):  # nobody knows what has been changed between the two
+        assert [run(where | {"commit": commit})[1] for _ in range(2)] == [2, 2]
 
 
 def test_outputs_that_are_not_finite(means):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from msv.comparison import accuracy, throughput, write_all
+from msv.comparison import accuracy, write_all
 from msv.comparison.command import main
+from msv.profiling import networks, steps
 
 COUNTED = {"table_1.md", "table_1.csv", "fig_1.png", "table_7.md", "table_7.csv"}
 
@@ -13,42 +14,48 @@ def no_gpu(monkeypatch):
 
 
 def test_write_all(tmp_path):
-    paths = write_all(tmp_path / "new")
+    paths = write_all(tmp_path / "new", tmp_path / "timed")
     assert {path.name for path in paths} == COUNTED
     assert all(path.is_file() for path in paths)
 
 
 def test_counts(tmp_path, capsys):
-    assert main(["--out", str(tmp_path)]) == 0
+    assert main(["--out", str(tmp_path), "--timed", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "# Table 1" in out
     assert "# Table 7" in out
     assert f"wrote {tmp_path / 'fig_1.png'}" in out
 
 
-def test_throughput_on_a_cpu(tmp_path, capsys, means, monkeypatch):
-    monkeypatch.setattr(throughput, "create", lambda model, size: means)
-    monkeypatch.setattr(throughput, "ON_CPU", throughput.Effort(1, 3, 0.0, 0))
-    words = ["--out", str(tmp_path), "--measure", "throughput", "--only", "vmamba_tiny", "swin_tiny", "--size", "32"]
+def test_throughput_on_a_cpu(tmp_path, capsys, means, monkeypatch, clean_commit):
+    def make_step(case, device):
+        return steps.random_step(means, (case.batch, 3, 32, 32), 1000, case.task, case.mode, case.precision)
+
+    monkeypatch.setattr(networks, "make_step", make_step)
+    monkeypatch.setattr(networks, "ON_CPU", networks.QUICK)
+    words = ["--out", str(tmp_path / "tables"), "--timed", str(tmp_path / "timed"), "--size", "32"]
+    words += ["--measure", "throughput", "--only", "vmamba_tiny", "swin_tiny"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "throughput on the CPU (no GPU is used): 2 rows of batch 2, 32×32" in out
-    assert "2/2 swin_tiny_patch4_window7_224, float32, eager: " in out
+    assert "2/2 swin_tiny_patch4_window7_224, inference, eager, float32, 2 of 32×32: " in out
     assert "# Table 6" in out
     assert (
-        "`python cli.py compare --measure throughput --only vmamba_tiny swin_tiny_patch4_window7_224 --size 32`" in out
+        "`python cli.py compare --only vmamba_tiny swin_tiny_patch4_window7_224 --measure throughput --size 32`" in out
     )
-    assert {path.name for path in tmp_path.iterdir()} == COUNTED | {"table_6.md", "table_6.csv", "throughput.csv"}
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == COUNTED | {"table_6.md", "table_6.csv"}
+    assert [path.name for path in (tmp_path / "timed").iterdir()] == ["network_cpu.csv"]
     assert main(words) == 0
     assert "2 rows are finished" in capsys.readouterr().out
 
 
 def test_a_failed_row_makes_the_exit_status_1(tmp_path, capsys, monkeypatch):
-    def make(model, size):
+    def make(case, device):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(throughput, "create", make)
-    assert main(["--out", str(tmp_path), "--measure", "throughput", "--only", "vmamba_tiny"]) == 1
+    monkeypatch.setattr(networks, "make_step", make)
+    folders = ["--out", str(tmp_path), "--timed", str(tmp_path)]
+    assert main([*folders, "--measure", "throughput", "--only", "vmamba_tiny"]) == 1
     assert "failed: RuntimeError: no memory" in capsys.readouterr().out
     assert "failed" in (tmp_path / "table_6.md").read_text()
 
@@ -58,6 +65,7 @@ def test_accuracy(tmp_path, capsys, means, imagenet, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "vmamba_tiny.pth").touch()
     words = ["--out", str(tmp_path / "out"), "--weights", str(tmp_path / "weights"), "--data-root", str(imagenet)]
+    words += ["--timed", str(tmp_path)]
     assert main([*words, "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "vmamba_tiny: 83.333% of 6 images (vmamba_tiny.pth)" in out
@@ -81,5 +89,5 @@ def test_accuracy(tmp_path, capsys, means, imagenet, monkeypatch):
 )
 def test_bad_words(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
-        main(["--out", str(tmp_path), *words])
+        main(["--out", str(tmp_path), "--timed", str(tmp_path), *words])
     assert not list(tmp_path.iterdir())

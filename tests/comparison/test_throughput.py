@@ -1,21 +1,18 @@
 import pytest
 import torch
 
-from msv.comparison import throughput
-from msv.comparison.throughput import Case, measure, measure_case, plan, store
+from msv.comparison.throughput import kept_rows, plan, stores
 from msv.comparison.throughput_table import render_csv, render_markdown, table_6
-from msv.profiling import measuring
-from msv.profiling.measuring import Effort, missing
+from msv.profiling.networks import Case
 
-CPU = torch.device("cpu")
-QUICK = Effort(calls=2, turns=3, seconds=0.0, warmup=1)
-NANO = Case("msvmamba_nano", "float32", "eager", 2, 32)
-TINY = Case("vmamba_tiny", "float32", "eager", 2, 32)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TINY = Case("vmamba_tiny", "inference", "eager", "float32", 2, 32)
 
 
 def test_plan_on_a_gpu():
-    cases = plan(on_gpu=True)
-    assert {(case.batch, case.size) for case in cases} == {(128, 224)}
+    cases = plan(CUDA)
+    assert len(cases) == 37
+    assert {(case.task, case.batch, case.size) for case in cases} == {("inference", 128, 224)}
     ways = {}
     for case in cases:
         ways.setdefault(case.model, []).append((case.precision, case.mode))
@@ -29,75 +26,17 @@ def test_plan_on_a_gpu():
 
 
 def test_plan_on_a_cpu_and_as_asked():
-    assert {(case.precision, case.mode, case.batch) for case in plan(on_gpu=False)} == {("float32", "eager", 2)}
-    (case,) = plan(True, 8, 64, ["regnety_008"], ["fp16"], ["compiled"])
-    assert case == Case("regnety_008", "fp16", "compiled", 8, 64)
-
-
-def test_a_case_is_timed_and_its_memory_counted(means, monkeypatch):
-    taken = []
-    monkeypatch.setattr(throughput, "create", lambda model, size: means)
-    monkeypatch.setattr(measuring, "call_seconds", lambda work, device: taken.append(work()) or len(taken) / 10)
-    found = measure_case(NANO, CPU, QUICK)
-    # The first turn is not counted; the others took 0.2, 0.3 and 0.4 s for two forwards of two images.
-    assert found["images_per_s"] == pytest.approx(2 / 0.15)
-    assert (found["forward_ms"], found["forward_min_ms"], found["turns"]) == (pytest.approx(150), pytest.approx(100), 3)
-    images = 2 * 3 * 32 * 32 * 4
-    assert images + 2 * 1000 * 4 <= found["peak_bytes"] < images + 3 * 2 * 1000 * 4
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_weights_and_images_are_in_the_precision(means, monkeypatch, precision):
-    seen = []
-    monkeypatch.setattr(throughput, "create", lambda model, size: means)
-    means.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].dtype, module.scale.dtype)))
-    measure_case(Case("msvmamba_nano", precision, "eager", 2, 32), CPU, QUICK)
-    assert set(seen) == {(throughput.PRECISIONS[precision],) * 2}
-
-
-def test_a_failing_row_is_kept_and_stops_no_other_one(tmp_path, means, monkeypatch, where):
-    def make(model, size):
-        if model == "vmamba_tiny":
-            raise RuntimeError("no\nway")
-        return means
-
-    monkeypatch.setattr(throughput, "create", make)
-    kept = store(tmp_path)
-    rows = list(measure([TINY, NANO], CPU, QUICK, kept, where, "a command"))
-    assert [row["status"] for row in rows] == ["failed", "done"]
-    assert rows == kept.read()
-    assert rows[0]["error"] == "RuntimeError: no way"
-    assert rows[0]["images_per_s"] == ""
-    assert float(rows[1]["images_per_s"]) > 0
-
-
-def test_rows_are_kept_one_by_one_and_finished_ones_skipped(tmp_path, means, monkeypatch, where):
-    monkeypatch.setattr(throughput, "create", lambda model, size: means)
-    kept, cases = store(tmp_path), [TINY, NANO]
-    measuring = measure(cases, CPU, QUICK, kept, where, "")
-    next(measuring)
-    measuring.close()
-    assert missing(cases, kept, where) == [NANO]
-    assert missing(cases, kept, where, again=True) == cases
-    for column in ("device", "torch", "commit"):
-        assert missing(cases, kept, where | {column: "another"}) == cases
-    assert missing([Case("vmamba_tiny", "float32", "eager", 4, 32)], kept, where)
-
-
-def test_what_failed_is_tried_again_and_last(tmp_path, where):
-    kept = store(tmp_path)
-    kept.put({**TINY.columns, "status": "failed", "error": "x"}, where)
-    assert missing([TINY, NANO], kept, where) == [NANO, TINY]
-
-
-# The table.
+    assert {(case.precision, case.mode, case.batch) for case in plan(CPU)} == {("float32", "eager", 2)}
+    (case,) = plan(CUDA, 8, 64, ["regnety_008"], ["fp16"], ["compiled"])
+    assert case == Case("regnety_008", "inference", "compiled", "fp16", 8, 64)
 
 
 def keep(folder, where, speeds, **columns):
     for model, speed in speeds.items():
-        row = {"model": model, "precision": "bf16", "mode": "eager", "batch": 128, "size": 224, "status": "done"}
-        row |= {"images_per_s": speed, "peak_bytes": 2**30, "command": "python cli.py compare --measure throughput"}
-        store(folder).put(row | columns, where)
+        row = {"model": model, "task": "inference", "precision": "bf16", "mode": "eager", "batch": 128, "size": 224}
+        row |= {"status": "done", "images_per_s": speed, "peak_bytes": 2**30}
+        row |= {"command": "python cli.py compare --measure throughput"}
+        stores(folder)[0 if where["cuda"] else 1].put(row | columns, where)
 
 
 def test_ratios_beside_the_papers(tmp_path, where):
@@ -125,13 +64,21 @@ def test_places_have_tables_of_their_own(tmp_path, where):
     keep(tmp_path, where, {"vmamba_tiny": 100})
     cpu = where | {"device": "a small one", "cuda": ""}
     keep(tmp_path, cpu, {"msvmamba_nano": 3})
-    store(tmp_path).put({**TINY.columns, "status": "failed", "error": "OutOfMemoryError: none | left"}, cpu)
+    stores(tmp_path)[1].put({**TINY.columns, "status": "failed", "error": "OutOfMemoryError: none | left"}, cpu)
     rows = table_6(tmp_path)
     assert [row.ratio for row in rows] == [1.0, None, None]
     page = render_markdown(rows)
     assert page.count("\n## ") == 3
     assert "a CPU, not a GPU" in page
     assert "- `vmamba_tiny`, float32, eager: OutOfMemoryError" in page
+
+
+def test_of_whole_networks_inference_without_graphs(tmp_path, where):
+    keep(tmp_path, where, {"vmamba_tiny": 100})
+    keep(tmp_path, where, {"vmamba_tiny": 50}, task="training")
+    keep(tmp_path, where, {"vmamba_tiny": 200}, mode="graphs", peak_bytes=None)
+    assert [row["images_per_s"] for row in kept_rows(tmp_path)] == ["100"]
+    assert kept_rows(tmp_path, lambda row: False) == []
 
 
 def test_no_rows(tmp_path):

@@ -35,7 +35,7 @@ from msv.kernels import ROUTES, selective_scan, selective_scan_2d
 from msv.kernels.triton_tiles import Chunks, cut
 
 # Relative error in norm: of outputs and gradients in float32; of float32 gradients beside inputs in half precision.
-TOLERANCES = {FLOAT32: (1e-5, 1e-4), BF16: (2e-3, 2e-3), FP16: (5e-4, 5e-4)}
+TOLERANCES = {FLOAT32: (1e-5, 1e-4), BF16: (5e-4, 5e-4), FP16: (5e-4, 5e-4)}
 ROUNDED = {"u", "delta", "B", "C", "z", "x", "x_dbl"}  # the arguments that half precision holds; weights are float32
 
 FOUR_OWN = tuple(zip(ROUTES, range(4), strict=True))
@@ -157,7 +157,7 @@ SMALL_1D = [
     Case1d(FLOAT32, 196, 5, 1, 1, "bs"),
     Case1d(BF16, 35, 10, 3, 2, "Dzbsl"),
     Case1d(FP16, 64, 5, 3, 1, "Dzbsl"),
-    # Rows that begin anywhere in a sector: two classes of channels, four of them, and sixteen.
+    # Rows that begin anywhere in a sector: two classes of channels, four of them twice, and too many.
     Case1d(FLOAT32, 52, 40, 1, 1, "Dzbsl"),
     Case1d(BF16, 44, 64, 1, 2, "Dzbsl"),
     Case1d(FP16, 20, 128, 2, 2, "bs"),
@@ -359,6 +359,7 @@ def test_2d_nan_stays_behind_the_recurrence(make_2d, outputs_and_gradients, devi
 
 @pytest.mark.parametrize("device, repeats", on_devices([2], [5]))
 def test_the_same_inputs_give_the_same_bits(operator, outputs_and_gradients, device, repeats):
+    torch.use_deterministic_algorithms(False)  # as users have it
     scan, arguments = operator
     expected = outputs_and_gradients(scan, arguments)
     for _ in range(repeats - 1):
@@ -470,13 +471,18 @@ def test_inputs_of_several_dtypes(make_1d, outputs_and_gradients, relative_error
 
 
 @devices
-def test_an_immediate_decay(make_1d, device):
+@pytest.mark.parametrize("tiles", [None, 2], ids=["whole", "in-chunks"])
+@pytest.mark.parametrize("rate", [-torch.inf, -3e38])
+def test_an_immediate_decay(monkeypatch, make_1d, outputs_and_gradients, device, tiles, rate):
+    if tiles:
+        cut_into(monkeypatch, tiles)
     arguments = to(make_1d(1, 64, 52, 2, dtype=FLOAT32, grad=False), device)
-    arguments["A"] = torch.full_like(arguments["A"], -torch.inf)
+    arguments["A"] = torch.full_like(arguments["A"], rate)
     arguments["delta"] = arguments["delta"].abs() + 0.1
-    found, expected = (scan_and_last(**arguments, backend=b) for b in (BACKEND, "reference"))
-    for t, same in zip(found, expected, strict=True):
-        torch.testing.assert_close(t, same, rtol=1e-5, atol=1e-5)
+    found, expected = (outputs_and_gradients(scan_and_last, arguments, backend=b) for b in (BACKEND, "reference"))
+    for part, same in zip(found, expected, strict=True):
+        for name in part.keys() - {"dA", "ddelta", "ddelta_bias"}:  # where 0 may be multiplied by infinity
+            torch.testing.assert_close(part[name], same[name], rtol=1e-5, atol=1e-4)
 
 
 @devices
@@ -587,10 +593,12 @@ def test_exported_is_eager(operator, device):
 
 
 @pytest.mark.parametrize("device, dtype", on_devices([BF16], [BF16, FP16]))
-def test_autocast_does_not_reach_into_the_scan(operator, outputs_and_gradients, device, dtype):
+@pytest.mark.parametrize("inputs", [FLOAT32, BF16], ids=str)
+def test_autocast_does_not_reach_into_the_scan(operator, outputs_and_gradients, device, dtype, inputs):
     scan, arguments = operator
+    arguments = {name: t.to(inputs) if name in ROUNDED else t for name, t in arguments.items()}
     expected = outputs_and_gradients(scan, arguments)
-    with torch.autocast(device, dtype):
+    with torch.autocast(device, dtype):  # the backward, too
         assert_same_bits(outputs_and_gradients(scan, arguments), expected)
 
 

@@ -4,10 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from msv.files import EXPERIMENTS
+from msv.kept import ENVIRONMENT, Kept
 from msv.models import MSVMamba, mixers
 from msv.profiling import benchmark, mamba_cuda, scan_cpu, scan_gpu
 from msv.profiling.scan_call import Call
-from msv.profiling.scan_cpu_cases import MAPS, SEQUENCES, record_scans
+from msv.profiling.scan_cpu_cases import MAPS, SEQUENCES, cases, record_scans
+
+PUBLISHED = EXPERIMENTS.parent / "results" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,7 @@ def quick(tmp_path_factory):
         patch.delenv("TRITON_INTERPRET", raising=False)
         assert benchmark.main(["--quick", "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
     assert torch.get_num_threads() == threads
-    (path,) = out.iterdir()
+    (path,) = out.glob("*.csv")
     with path.open(newline="") as file:
         return path.name, list(csv.DictReader(file))
 
@@ -26,7 +30,7 @@ def quick(tmp_path_factory):
 def test_the_csv(quick):
     name, rows = quick
     assert name == "scan_cpu_quick.csv"
-    assert all(tuple(row) == scan_cpu.COLUMNS for row in rows)
+    assert all(tuple(row) == (*scan_cpu.COLUMNS, *ENVIRONMENT) for row in rows)
     assert [(row["operator"], row["N"], row["calls"]) for row in rows] == [
         *[("1d", "1", "1"), ("1d", "8", "1")],
         *[("2d", "8", "1"), ("2d", "8", "4"), ("2d", "1", "1"), ("2d", "1", "4")],
@@ -106,13 +110,15 @@ def test_a_call_s_forward_keeps_no_graph():
 
 
 def test_verdicts():
-    row = {"what": "1-D scan", "N": 1, "yardstick": "torch.cumsum", "ratio": 10.0, "max_ratio": 10.0}
-    memory = {"memory_ratio": 6.0, "max_memory_ratio": 6.0}
+    row = {"what": "1-D scan", "N": "1", "yardstick": "torch.cumsum", "ratio": "10", "max_ratio": "10", "status": ""}
+    memory = {"memory_ratio": "6", "max_memory_ratio": "6"}
     assert scan_cpu.verdicts([{**row, **memory}]) == [
         "met: 1-D scan, N=1: 10.00 times torch.cumsum (at most 10)",
         "MISSED: 1-D scan, N=1: peak memory 6.00 times inputs plus output (under 6)",
     ]
-    assert scan_cpu.verdicts([{**row, "max_ratio": None, "max_memory_ratio": None}]) == []
+    assert scan_cpu.verdicts([{**row, **memory, "max_ratio": "", "max_memory_ratio": ""}]) == []
+    failed = scan_cpu.verdicts([{**row, "status": "failed", "error": "RuntimeError: no"}])
+    assert failed == ["MISSED: 1-D scan, N=1: not measured: RuntimeError: no"]
 
 
 @pytest.mark.parametrize("threads", ["0", "-2"])
@@ -129,7 +135,7 @@ def test_no_gpu(tmp_path, monkeypatch):
 
 def gpu_table(tmp_path, *arguments):
     status = benchmark.main(["--quick", "--out", str(tmp_path), *arguments])
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.csv")
     with path.open(newline="") as file:
         return status, path.name, list(csv.DictReader(file))
 
@@ -142,14 +148,14 @@ def interpreter(monkeypatch):
 def test_the_gpu_s_table_at_tiny_sizes_on_a_cpu(interpreter, tmp_path, capsys):
     arguments = ("--device", "cpu", "--backend", "parallel", "--only", "1d B2 K1", "2d SS2D B2 D6 5x7 N1 ")
     status, name, rows = gpu_table(tmp_path, *arguments)
-    assert (status, name) == (0, "scan_interpreter_part_quick.csv")
+    assert (status, name) == (0, "scan_interpreter_parallel_quick.csv")
     assert [(row["name"], row["R"], row["map"]) for row in rows] == [
         ("1d B2 K1 D6 L37 N1 bf16", "", ""),
         ("2d SS2D B2 D6 5x7 N1 bf16", "2", "5x7"),
         *((f"1d B2 K1 D6 L37 N1 {dtype}", "", "") for dtype in ("fp16", "fp32")),
     ]
     for row in rows:
-        assert tuple(row) == scan_gpu.COLUMNS
+        assert tuple(row) == (*scan_gpu.COLUMNS, *ENVIRONMENT)
         assert (row["method"], row["backend"], row["rival"], row["error"]) == ("calls", "parallel", "", "")
         assert row["torch"] and row["device"] and row["commit"]
         assert float(row["forward_over_copy"]) == pytest.approx(
@@ -164,7 +170,66 @@ def test_a_row_that_fails_stops_no_other(interpreter, tmp_path, capsys, monkeypa
     status, _, rows = gpu_table(tmp_path, "--device", "cpu", "--backend", "parallel", "--only", "K1")
     assert status == 1
     assert [row["error"] for row in rows] == ["ZeroDivisionError: integer division or modulo by zero"] * 4
-    assert "error: 4 rows: ZeroDivisionError" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "error: 4 rows: ZeroDivisionError" in printed
+    assert "4/4 1d B2 K1 D6 L37 N1 fp32: failed: ZeroDivisionError" in printed
+
+
+def test_a_run_goes_on_where_it_was(interpreter, tmp_path, capsys, monkeypatch, clean_commit):
+    arguments = ("--device", "cpu", "--backend", "parallel", "--only", "d B2 K1", "1d B1")
+    original = scan_gpu.measure_case
+    taken = []
+
+    def stop_after_one(case, **options):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(case)
+        return original(case, **options)
+
+    monkeypatch.setattr(scan_gpu, "measure_case", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_table(tmp_path, *arguments)
+    monkeypatch.setattr(scan_gpu, "measure_case", original)
+    status, _, rows = gpu_table(tmp_path, *arguments)
+    assert (status, len(rows)) == (0, 4)
+    assert "1 rows are finished and skipped" in capsys.readouterr().out
+    assert {row["command"] for row in rows} == {
+        "python cli.py benchmark scan --device cpu --quick --only 'd B2 K1' '1d B1' --backend parallel"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "key", "rows"),
+    [("scan_cuda", scan_gpu.COLUMNS, ("name",), 39), ("scan_cpu", scan_cpu.COLUMNS, scan_cpu.KEY, 6)],
+)
+def test_a_new_row_takes_the_place_of_one_published_row(tmp_path, where, name, columns, key, rows):
+    kept = Kept(tmp_path / f"{name}.csv", columns, (*key, "device", "threads"))
+    kept.path.write_bytes((PUBLISHED / kept.path.name).read_bytes())
+    first = kept.read()[0]
+    assert len(kept.read()) == len({kept.identity(row) for row in kept.read()}) == rows
+    there = {"device": first["device"], "threads": first["threads"], "cuda": first["cuda"]}
+    kept.put({column: first[column] for column in key} | {"status": "done"}, where | there)
+    kept.put({column: first[column] for column in key} | {"status": "done"}, where | there | {"device": "another"})
+    found = kept.read()
+    assert [row["commit"] for row in found] == ["a commit", *[first["commit"]] * (rows - 1), "a commit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "rows"), [("scan_cuda", scan_gpu.COLUMNS, 39), ("scan_cpu", scan_cpu.COLUMNS, 6)]
+)
+def test_kept_rows_are_a_page(name, columns, rows):
+    kept = Kept(PUBLISHED / f"{name}.csv", columns, ()).read()
+    page = benchmark.markdown(kept)
+    assert f"## {kept[0]['device']}, commit {kept[0]['commit']}" in page
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(lines) >= 2 + rows
+    assert {line.count("|") for line in lines[:2]} == {line.count("|") for line in lines[2:]}
+    assert "\n- met: " in page
+
+
+def test_no_two_rows_of_a_cpu_are_alike():
+    found = [tuple(case.columns[name] for name in scan_cpu.KEY) for case in cases()]
+    assert len(set(found)) == len(found) == 6
 
 
 def test_no_such_row(interpreter, tmp_path):
@@ -192,5 +257,5 @@ def test_options_of_the_gpu_s_table_on_a_cpu(tmp_path, monkeypatch, option):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu(tmp_path):
     status, name, rows = gpu_table(tmp_path, "--device", "cuda", "--without", "rival", "--only", "bf16")
-    assert (status, name) == (0, "scan_cuda_part_quick.csv")
+    assert (status, name) == (0, "scan_cuda_without_rival_quick.csv")
     assert {row["method"] for row in rows} == {"graph"}

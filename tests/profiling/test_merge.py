@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from msv.kept import ENVIRONMENT
 from msv.profiling import merge
 
 KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -14,12 +15,13 @@ KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") ==
 @pytest.mark.skipif(not KERNELS_RUN, reason="needs a GPU, or TRITON_INTERPRET=1")
 def test_quick(tmp_path, capsys):
     assert merge.main(["--quick", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.csv")
+    assert "2x8x7x6 bfloat16 | " in path.with_suffix(".md").read_text()
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [f"{kind} 2x8x7x6 bfloat16" for kind in merge.KINDS]
     for row in rows:
-        assert tuple(row) == merge.BENCHMARK.columns
+        assert tuple(row) == (*merge.BENCHMARK.columns, *ENVIRONMENT)
         assert float(row["forward_speedup"]) == pytest.approx(
             float(row["forward_torch_ms"]) / float(row["forward_ms"]), rel=1e-3
         )

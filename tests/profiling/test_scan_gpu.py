@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from msv.kept import ENVIRONMENT
 from msv.kernels import selective_scan, selective_scan_2d
 from msv.profiling import scan_gpu
-from msv.profiling.scan_gpu import QUICK, measure
+from msv.profiling.scan_gpu import QUICK, measure_case
 from msv.profiling.scan_gpu_bars import verdicts
 from msv.profiling.scan_gpu_cases import BF16, CASES, FP32, SS2D, Anchor, MapCase, SequenceCase, cases
 from msv.profiling.scan_rivals import CrossScanned, cross_merge, cross_scan, rival_call
@@ -117,28 +118,23 @@ def test_other_routes_have_no_rival():
 
 def test_a_row_beside_its_rival_and_the_parallel_scan():
     # "auto" is the parallel scan here, but stands for ours.
-    (one, four, row) = measure(
-        [SEQUENCE, MAP, replace(MAP, routes=(("row", 0),))],
-        CPU,
-        "auto",
-        FakeRival(),
-        effort=QUICK,
-    )
-    assert [r["error"] for r in (one, four, row)] == [None] * 3
+    single = replace(MAP, routes=(("row", 0),))
+    one, four, row = (measure_case(case, CPU, "auto", FakeRival(), effort=QUICK) for case in (SEQUENCE, MAP, single))
     assert (one["rival"], four["rival"]) == ("fake 1.0", "cross-scan, CUDA scan, cross-merge: fake 1.0")
     for found in (one, four):
         assert found["rival_difference"] < 1e-5
         assert found["rival_note"] is None
         assert found["forward_speedup"] == pytest.approx(found["rival_forward_ms"] / found["forward_ms"])
-    assert (row["rival"], row["rival_forward_ms"]) == (None, None)
+    assert "rival" not in row and "rival_forward_ms" not in row
     assert row["rival_note"].startswith("cross-scan knows the routes")
     for found in (one, four, row):
         assert found["parallel_forward_backward_ms"] > 0
         assert found["eager_forward_backward_ms"] > 0
         assert found["io_bytes"] < found["peak_bytes"]
         assert (found["repeats"], found["method"], found["input_sets"]) == (1, "calls", 1)
-    assert one["copy_x_ms"] is None and row["copy_x_ms"] > 0
-    assert scan_gpu.notes([one, four, row]) == [f"rival: {row['name']}: {row['rival_note']}"]
+    assert "copy_x_ms" not in one and row["copy_x_ms"] > 0
+    kept = dict.fromkeys(scan_gpu.COLUMNS, "") | single.columns | {"rival_note": row["rival_note"]}
+    assert scan_gpu.notes([kept]) == [f"rival: {single.name}: {row['rival_note']}"]
 
 
 def test_a_rival_that_fails_leaves_ours():
@@ -146,28 +142,29 @@ def test_a_rival_that_fails_leaves_ours():
         def forward(self, *tensors):
             raise RuntimeError("built for float64 only\nat line 3")
 
-    (row,) = measure([SEQUENCE], CPU, "auto", Failing(), parallel=False, effort=QUICK)
-    assert row["rival"] is None and row["forward_ms"] > 0 and row["parallel_forward_ms"] is None
-    assert row["rival_note"] == "it fails: RuntimeError: built for float64 only"
+    row = measure_case(SEQUENCE, CPU, "auto", Failing(), parallel=False, effort=QUICK)
+    assert row["forward_ms"] > 0 and not {"rival", "parallel_forward_ms"} & row.keys()
+    assert row["rival_note"] == "it fails: RuntimeError: built for float64 only at line 3"
 
 
 def test_the_parallel_scan_is_not_always_timed(monkeypatch):
     monkeypatch.setattr(scan_gpu, "PARALLEL_SECONDS", 0.0)
-    (slow,) = measure([SEQUENCE], CPU, "auto", effort=QUICK)
-    assert slow["parallel_forward_ms"] > 0 and slow["parallel_forward_backward_ms"] is None
+    slow = measure_case(SEQUENCE, CPU, "auto", effort=QUICK)
+    assert slow["parallel_forward_ms"] > 0 and "parallel_forward_backward_ms" not in slow
     assert slow["parallel_note"].startswith("the backward not timed: the forward alone takes")
     monkeypatch.setattr(scan_gpu, "PARALLEL_BYTES", 1.0)
-    (large,) = measure([SEQUENCE], CPU, "auto", effort=QUICK)
-    assert large["parallel_forward_ms"] is None
+    large = measure_case(SEQUENCE, CPU, "auto", effort=QUICK)
+    assert "parallel_forward_ms" not in large
     assert large["parallel_note"].startswith("not timed: it needs some")
 
 
 def measured(case, forward, both, **columns):
-    """A row as `measure` and the command make it, with these times."""
-    row = dict.fromkeys(scan_gpu.COLUMNS) | {"name": case.name, "operator": case.operator, **case.shape()}
-    row |= {"dtype": str(case.dtype).removeprefix("torch."), "device": "NVIDIA H100 80GB HBM3", "saved_ratio": 0.05}
+    """A row as the command keeps it, with these times."""
+    row = {"device": "NVIDIA H100 80GB HBM3", "saved_ratio": 0.05, "status": "done"}
     row |= {f"anchor_{name}_ms": value for name, value in vars(case.anchor).items()}
-    return {**row, "forward_ms": forward, "forward_backward_ms": both, **columns}
+    row |= {"forward_ms": forward, "forward_backward_ms": both, **columns}
+    told = {name: "" if value is None else str(value) for name, value in row.items()}
+    return dict.fromkeys((*scan_gpu.COLUMNS, *ENVIRONMENT), "") | case.columns | told
 
 
 def find(name):
@@ -213,6 +210,6 @@ def test_verdicts_of_the_fused_operator():
 
 
 def test_what_failed_is_missed():
-    row = measured(find("2d row B128 D192 56x56 N1 bf16"), None, None, error="RuntimeError: out of resource")
+    failed = {"status": "failed", "error": "RuntimeError: out of resource"}
+    row = measured(find("2d row B128 D192 56x56 N1 bf16"), None, None, **failed)
     assert verdicts([row]) == [f"MISSED: {row['name']}: not measured: RuntimeError: out of resource"]
-    assert scan_gpu.failed([row])

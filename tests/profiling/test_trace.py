@@ -1,5 +1,7 @@
 import gzip
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import DeviceType
 
+import msv.kernels as kernels
 from msv.profiling import trace as module
 from msv.profiling.steps import training_step
 from msv.profiling.trace import FAMILIES, Kernel, Trace, family, trace
@@ -36,11 +39,40 @@ CPU = torch.device("cpu")
         (["triton_poi_fused__to_copy_gelu_mul_3"], "other elementwise"),
         (["triton_poi_fused_add_convolution_silu_12"], "other elementwise"),
         (["triton_tem_fused_mm_2"], "matrix products"),
+        (["void implicit_convolve", "aten::cudnn_convolution"], "other convolution"),
     ],
 )  # fmt: skip
 def test_families(names, expected):
     assert expected in FAMILIES
     assert family(names) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("triton_1d", "scan"), ("triton_2d", "scan"), ("triton_merge", "merge and gate"),
+        ("triton_depthwise", "depthwise convolution"),
+    ],
+)  # fmt: skip
+def test_every_kernel_of_ours_has_its_family(file, expected):
+    source = Path(kernels.__file__).with_name(f"{file}.py").read_text()
+    launched = set(re.findall(r"^ +(\w+)\[.*\]\(", source, re.MULTILINE))
+    assert len(launched) >= 3
+    for name in launched:
+        assert family([name]) == expected
+
+
+@pytest.mark.parametrize(
+    ("operator", "expected"),
+    [
+        ("selective_scan", "scan"), ("selective_scan_2d", "scan"), ("merge_routes", "merge and gate"),
+        ("gate", "merge and gate"), ("depthwise_conv", "depthwise convolution"),
+    ],
+)  # fmt: skip
+def test_what_goes_on_inside_of_our_operators_is_theirs(operator, expected):
+    for name in (f"msv::{operator}", f"msv::{operator}_backward"):
+        assert hasattr(torch.ops.msv, name.removeprefix("msv::"))
+        assert family([name]) == family(["reduce_kernel", "aten::sum", name]) == expected
 
 
 def test_a_depthwise_convolution_is_told_by_its_weight():
@@ -70,7 +102,7 @@ def test_a_training_step_on_a_cpu(tmp_path):
     path = tmp_path / "new" / "step.json.gz"
     found = trace(step.work, CPU, path, steps=2, warmup=1)
     shares = found.shares()
-    assert list(shares) == [name for name in FAMILIES if name != "scan"]
+    assert list(shares) == [name for name in FAMILIES if name not in ("scan", "merge and gate")]
     assert sum(share for _, share, _ in shares.values()) == pytest.approx(1)
     assert sum(seconds for seconds, *_ in shares.values()) == pytest.approx(found.seconds / 2)
     by_name = {(kernel.name, kernel.family): kernel.calls for kernel in found.kernels}

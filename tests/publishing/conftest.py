@@ -39,7 +39,7 @@ def results(tmp_path, monkeypatch, make_grid):
     monkeypatch.setattr("msv.publishing.guard.in_history", lambda commit: True)
     keep_grid(make_grid(tmp_path), tmp_path / "measured")
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "scan.csv").write_text(
+    (tmp_path / "benchmarks" / "scan_cpu.csv").write_text(
         "ms,device,torch,commit\n1,A CPU,2.15.0,abc\n2,A CPU,2.15.0,def\n"
     )
     return tmp_path

@@ -10,6 +10,7 @@ from msv.ablation.records import write_record
 from msv.ablation.tables import make_table
 from msv.grid_section import Grid
 from msv.publishing import guard, keep
+from msv.publishing.index import write_index
 from msv.publishing.keep import keep_grid, main
 
 LR = "model.init_args.lr"
@@ -24,20 +25,21 @@ def history(monkeypatch):
     return commits
 
 
-def train(results, cells, seeds=(0,), top1=0.5, commit=COMMIT, status="done", epochs=2, lr=1.0, **changes):
+def train(results, cells, seeds=(0,), top1=0.5, commit=COMMIT, status="done", epochs=2, lr=1.0, test=True, **changes):
     """Write what a grid leaves: cells (name -> lr) with some seeds; returns its folder."""
     grid = Grid("g", cells={name: {LR: lr * value} for name, value in cells.items()}, seeds=list(seeds),
-                results=str(results), recipe="quick")  # fmt: skip
+                results=str(results), recipe="quick", test=test)  # fmt: skip
     runs = resolve_runs(grid, {"seed_everything": 0, "model": {"init_args": {"lr": 0.0}}})
     write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
     for run in runs:
         known = {
+            **({} if test else {"tested": False}),
             "grid": "g", "recipe": "quick", "cell": run.cell.name, "seed": run.seed, "config_hash": run.config_hash,
             "toggles": run.cell.toggles, "data": {"name": "digits", "note": "360 test images"},
             "env": {"commit": commit, "device": "A CPU"},
         }  # fmt: skip
         measured = {
-            "status": status, "metrics": {"test_top1": top1 + 0.01 * run.seed},
+            "status": status, "metrics": {f"{'test' if test else 'val'}_top1": top1 + 0.01 * run.seed},
             "history": [{"epoch": epoch, "train_loss": 1 / (1 + epoch)} for epoch in range(epochs)],
         }  # fmt: skip
         write_record(run.folder / "record.json", {**known, **measured, **changes.get(run.cell.name, {})})
@@ -133,6 +135,25 @@ def test_a_cell_that_the_grid_has_no_more_needs_the_flag(tmp_path):
     with pytest.raises(ValueError, match=r"holds other records than .*: b seed 0"):
         keep_grid(folder, tmp_path)
     assert keep_grid(folder, tmp_path, replace=True).runs == 1
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["validated after tested", "tested after validated"])
+def test_tested_and_validated_runs_are_not_mixed(tmp_path, first):
+    kept = keep_grid(train(tmp_path / "one", {"a": 1.0}, seeds=[0], test=first), tmp_path)
+    before = tree(kept.folder)
+    folder = train(tmp_path / "two", {"a": 1.0}, seeds=[1], test=not first)
+    with pytest.raises(ValueError, match=r"holds other records than .*: a seed 0; .* give --replace"):
+        keep_grid(folder, tmp_path)
+    assert tree(kept.folder) == before
+    kept = keep_grid(folder, tmp_path, replace=True)
+    assert kept.runs == 1
+    assert read_grid_file(kept.folder)["test"] is not first
+    assert ("Not tested" in (kept.folder / "table.md").read_text()) is first
+    index = write_index(tmp_path / "index").read_text()
+    assert "not tested" not in index
+    shutil.copytree(tmp_path / "quick", tmp_path / "index" / "measured" / "quick")
+    index = write_index(tmp_path / "index").read_text()
+    assert ("| 1 of 1, validated alone, not tested |" in index) is first
 
 
 def test_seeds_may_come_in_portions_and_runs_may_be_deleted(tmp_path):
