@@ -5,9 +5,10 @@ As defined, in torch, and in Triton, as operators.
 Knows torch (and triton), nothing of the rest of msv. Start reading at `reference.py`.
 """
 
+from .checks import Backend
 from .depthwise import Activation, depthwise_conv
 from .merge import gate, merge_routes
-from .ops import Backend, flops_1d, flops_2d, selective_scan, selective_scan_2d
+from .ops import flops_1d, flops_2d, selective_scan, selective_scan_2d
 from .routes import ROUTES
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import Backend, _check_backend, _check_floating, _check_shape, _runs_triton
+from .checks import Backend, check_floating, check_shape, settle_backend
 from .precision import outside_autocast, state_dtype
 
 Activation = Literal["none", "silu", "gelu"]
@@ -50,11 +50,11 @@ def depthwise_conv(
         TypeError: an input is complex or not floating point.
         ValueError: shapes do not fit together, an option is unknown, or the backend is unknown or cannot run here.
     """
-    _check_floating(x=x, weight=weight, bias=bias)
-    _check_shape("x", x, ("B", "H", "W", "C"), {})
-    known = {"C": x.shape[3], "1": 1}
-    _check_shape("weight", weight, ("C", "1", "K", "K"), {**known, "K": weight.shape[-1]})
-    _check_shape("bias", bias, ("C",), known)
+    check_floating(x=x, weight=weight, bias=bias)
+    check_shape("x", x, ("B", "H", "W", "C"), {})
+    known = {"C": x.shape[3]}
+    check_shape("weight", weight, ("C", 1, "K", "K"), known)
+    check_shape("bias", bias, ("C",), known)
     if weight.shape[2] % 2 == 0:
         raise ValueError(f"weight has a kernel of {weight.shape[2]}×{weight.shape[2]}; expected an odd size")
     if stride not in (1, 2):
@@ -64,11 +64,9 @@ def depthwise_conv(
     if residual and stride != 1:
         raise ValueError(f"residual adds x to a map of the same size, but stride is {stride}; use 1, or no residual")
     arguments = (x, weight, bias, stride, activation, residual)
-    sums = state_dtype(x, weight, bias)
-    if _check_backend(backend, x, sums) == "reference":
-        return reference(*arguments)
-    if backend == "parallel" or not _runs_triton(backend, x, sums) or torch.compiler.is_exporting():
-        return parallel(*arguments)
+    chosen = settle_backend(backend, x, state_dtype(x, weight, bias))
+    if chosen != "triton":
+        return (reference if chosen == "reference" else parallel)(*arguments)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
     keep = trained and activation != "none" and not _triton().convolves_again(weight.shape[2], stride)
     return _depthwise_conv(*arguments, keep)[0]
@@ -92,13 +90,14 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: 
 def parallel(x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: str, residual: bool) -> Tensor:
     """The same by torch's convolution."""
     size, channels = weight.shape[2], x.shape[3]
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_exporting()
-    if on_cpu and x.dtype == torch.bfloat16 and x.shape[1:3].numel() == 1:
-        # Only the centre sees the one pixel; for the other weights oneDNN returns gradients of whatever memory holds.
-        y = x * weight[:, 0, size // 2, size // 2] + bias
-    else:
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2, groups=channels).permute(0, 2, 3, 1)
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_exporting():
+        reached = (stride * ((side - 1) // stride) for side in x.shape[1:3])  # the last row and column of outputs
+        if min(reached) < size // 2:
+            # Some weights meet no pixel; of those in bf16 oneDNN returns gradients of whatever memory holds.
+            dtype = torch.float32
+    y = F.conv2d(x.permute(0, 3, 1, 2).to(dtype), weight.to(dtype), bias.to(dtype), stride, size // 2, groups=channels)
+    y = y.permute(0, 2, 3, 1).to(x.dtype)
     return _activate(x + y if residual else y, activation)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import Backend, _check_backend, _check_floating, _check_shape, _runs_triton
+from .checks import Backend, check_floating, check_shape, settle_backend
 from .precision import outside_autocast, state_dtype
 
 
@@ -50,8 +50,8 @@ def merge_routes(
         backend: `auto` (Triton on a GPU, parallel on a CPU and in an export), `triton`, `parallel` or `reference`.
 
     Returns:
-        The map (B, H, W, D) in the dtype of the routes, and with `means` its channels' means (B, D), in float32 by
-        `triton`, otherwise in the dtype of the map; else None.
+        The map (B, H, W, D) in the dtype of the routes, and with `means` its channels' means (B, D) in the dtype of
+        the map; else None.
 
     Raises:
         TypeError: an input is complex or not floating point.
@@ -59,7 +59,7 @@ def merge_routes(
     """
     tensors = {"y_full": y_full, "y_half": y_half, "weight": weight, "bias": bias}
     tensors |= {"weight_half": weight_half, "bias_half": bias_half}
-    _check_floating(**tensors)
+    check_floating(**tensors)
     some = y_full if y_full is not None else y_half
     if some is None:
         raise ValueError("y_full and y_half are both None; expected routes on the full map, on the half map, or both")
@@ -70,22 +70,20 @@ def merge_routes(
         suffix = name.removeprefix("y_full").removeprefix("y")
         if y is None:
             continue
-        _check_shape(name, y, ("B", "K", "H", "W", "D"), {})
+        check_shape(name, y, ("B", "K", "H", "W", "D"), {})
         known = known or {"B": y.shape[0], "D": y.shape[4]}
         # An export knows no sizes, and would take what is asked of them for a promise of its own.
         sides = {} if torch.compiler.is_exporting() else {"H": rows, "W": columns}
-        _check_shape(name, y, ("B", "K", "H", "W", "D"), {**known, **sides})
+        check_shape(name, y, ("B", "K", "H", "W", "D"), {**known, **sides})
         for part in ("weight", "bias"):
             t = tensors[part + suffix]
             if t is None:
                 raise ValueError(f"{part}{suffix} is None, but there is {name}; expected LayerNorm's, of shape (D,)")
-            _check_shape(part + suffix, t, ("D",), known)
+            check_shape(part + suffix, t, ("D",), known)
     arguments = (y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means)
-    states = state_dtype(*tensors.values())
-    if _check_backend(backend, some, states) == "reference":
-        return reference(*arguments)
-    if backend == "parallel" or not _runs_triton(backend, some, states) or torch.compiler.is_exporting():
-        return parallel(*arguments)
+    chosen = settle_backend(backend, some, state_dtype(*tensors.values()))
+    if chosen != "triton":
+        return (reference if chosen == "reference" else parallel)(*arguments)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     m, found, _, _ = _merge_routes(*arguments, keep)
     return m, found if means else None
@@ -107,17 +105,15 @@ def gate(m: Tensor, scale: Tensor | None, z: Tensor, *, backend: Backend = "auto
         TypeError: an input is complex or not floating point.
         ValueError: shapes do not fit together, or the backend is unknown or cannot run here.
     """
-    _check_floating(m=m, scale=scale, z=z)
-    _check_shape("m", m, ("B", "H", "W", "D"), {})
+    check_floating(m=m, scale=scale, z=z)
+    check_shape("m", m, ("B", "H", "W", "D"), {})
     known = dict(zip("BHWD", m.shape, strict=True))
-    _check_shape("z", z, ("B", "H", "W", "D"), known)
+    check_shape("z", z, ("B", "H", "W", "D"), known)
     if scale is not None:
-        _check_shape("scale", scale, ("B", "D"), known)
-    states = state_dtype(m, scale, z)
-    if _check_backend(backend, m, states) == "reference":
-        return reference_gate(m, scale, z)
-    if backend == "parallel" or not _runs_triton(backend, m, states) or torch.compiler.is_exporting():
-        return parallel_gate(m, scale, z)
+        check_shape("scale", scale, ("B", "D"), known)
+    chosen = settle_backend(backend, m, state_dtype(m, scale, z))
+    if chosen != "triton":
+        return (reference_gate if chosen == "reference" else parallel_gate)(m, scale, z)
     return _gate(m, scale, z)
 
 
@@ -218,7 +214,7 @@ def _(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, 
     for y, summed in ((y_full, True), (y_half, sum_first)):
         kept = keep and summed and y is not None and y.shape[1] > 1
         sums.append(some.new_empty((batch, 1, *y.shape[2:]) if kept else 0))
-    found = some.new_empty((batch, channels) if means else 0, dtype=torch.float32)
+    found = some.new_empty((batch, channels) if means else 0)
     return some.new_empty(batch, height, width, channels), found, *sums
 
 
@@ -255,8 +251,15 @@ def _keep_routes(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtypes = tuple(None if t is None else t.dtype for t in norms)
     ctx.eps, ctx.means = inputs[8], inputs[10]
     ctx.mark_non_differentiable(full_sum, half_sum)
-    full, half = (kept if kept.numel() else y for y, kept in ((full, full_sum), (half, half_sum)))
+    full, half = _normalised(full, full_sum, True), _normalised(half, half_sum, inputs[9])
     ctx.save_for_backward(full, half, norms[0], norms[2])
+
+
+def _normalised(y: Tensor | None, kept: Tensor, summed: bool) -> Tensor | None:
+    """What was normalised of a branch: its routes, or their sum, made again where it was not kept."""
+    if y is None or not summed or y.shape[1] == 1:
+        return y
+    return kept if kept.numel() else y.sum(1, keepdim=True, dtype=y.dtype)
 
 
 def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:

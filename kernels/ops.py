@@ -1,4 +1,4 @@
-"""The scan's public operators: argument checks, choice of backend, and registration with torch.
+"""The scan's public operators, and their registration with torch.
 
 `auto` and `triton` go through operators registered with `torch.library`, which compile and FLOP counters see as one
 call, on a GPU the Triton kernels, elsewhere the torch scan; `parallel` and `reference` are plain torch.
@@ -7,11 +7,9 @@ Autocast changes nothing: an operator takes its inputs in the dtypes they have, 
 returns y in the dtype of u or x.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import parallel, reference, traced
+from .checks import Backend, check_backend, check_floating, check_shape, runs_triton
 from .precision import state_dtype
 from .routes import ROUTES
-
-Backend = Literal["auto", "triton", "parallel", "reference"]
-
-# Both are settled before Triton is imported, which is not before a kernel is asked for.
-_HAS_TRITON = find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def selective_scan(
@@ -75,34 +68,34 @@ def selective_scan(
         >>> selective_scan(u, delta, A, B, C).shape
         torch.Size([2, 8, 100])
     """
-    _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    _check_shape("u", u, ("B", "D", "L"), {})
+    check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_shape("u", u, ("B", "D", "L"), {})
     batch, channels, length = u.shape
     known = {"B": batch, "D": channels, "L": length}
-    _check_shape("delta", delta, ("B", "D", "L"), known)
-    _check_shape("A", A, ("D", "N"), known)
+    check_shape("delta", delta, ("B", "D", "L"), known)
+    check_shape("A", A, ("D", "N"), known)
     if B.dim() == 3:
         B = B.unsqueeze(1)
     if C.dim() == 3:
         C = C.unsqueeze(1)
     known["N"] = A.shape[1]
-    _check_shape("B", B, ("B", "G", "N", "L"), known)
+    check_shape("B", B, ("B", "G", "N", "L"), known)
     known["G"] = B.shape[1]
-    _check_shape("C", C, ("B", "G", "N", "L"), known)
+    check_shape("C", C, ("B", "G", "N", "L"), known)
     for name, t, dims in (("D", D, ("D",)), ("z", z, ("B", "D", "L")), ("delta_bias", delta_bias, ("D",))):
         if t is not None:
-            _check_shape(name, t, dims, known)
+            check_shape(name, t, dims, known)
     if B.shape[1] == 0 or channels % B.shape[1]:
         raise ValueError(f"B has {B.shape[1]} groups, but u has {channels} channels; expected a divisor of them")
 
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     states = state_dtype(u, delta, A, B, C)
-    if _check_backend(backend, u, states) == "reference":
+    if check_backend(backend, u, states) == "reference":
         y, last = reference.selective_scan(*arguments)
     elif backend == "parallel":
         y, last, _ = _plain(_Parallel1d, parallel.selective_scan, arguments)
     else:
-        y, last, _ = _scan_1d(*arguments, _runs_triton(backend, u, states))
+        y, last, _ = _scan_1d(*arguments, runs_triton(backend, u, states))
     return (y, last) if return_last_state else y
 
 
@@ -143,16 +136,16 @@ def selective_scan_2d(
         TypeError: an input is complex or not floating point.
         ValueError: shapes do not fit together, a route is unknown, or the backend is unknown or cannot run here.
     """
-    _check_floating(x=x, x_dbl=x_dbl, dt_weight=dt_weight, dt_bias=dt_bias, A_log=A_log, D_skip=D_skip)
-    _check_shape("x", x, ("B", "H", "W", "D"), {})
+    check_floating(x=x, x_dbl=x_dbl, dt_weight=dt_weight, dt_bias=dt_bias, A_log=A_log, D_skip=D_skip)
+    check_shape("x", x, ("B", "H", "W", "D"), {})
     known = dict(zip("BHWD", x.shape, strict=True))
-    _check_shape("dt_weight", dt_weight, ("S", "D", "R"), known)
+    check_shape("dt_weight", dt_weight, ("S", "D", "R"), known)
     known["S"], known["R"] = dt_weight.shape[0], dt_weight.shape[2]
-    _check_shape("A_log", A_log, ("S", "D", "N"), known)
+    check_shape("A_log", A_log, ("S", "D", "N"), known)
     known["R + 2N"] = dt_weight.shape[2] + 2 * A_log.shape[2]
-    _check_shape("x_dbl", x_dbl, ("B", "H", "W", "S", "R + 2N"), known)
-    _check_shape("dt_bias", dt_bias, ("S", "D"), known)
-    _check_shape("D_skip", D_skip, ("S", "D"), known)
+    check_shape("x_dbl", x_dbl, ("B", "H", "W", "S", "R + 2N"), known)
+    check_shape("dt_bias", dt_bias, ("S", "D"), known)
+    check_shape("D_skip", D_skip, ("S", "D"), known)
     if not routes:
         raise ValueError("routes is empty; expected pairs of a route's name and its weight set, e.g. (('row', 0),)")
     for name, weight_set in routes:
@@ -163,14 +156,14 @@ def selective_scan_2d(
 
     weights = (x, x_dbl, dt_weight, dt_bias, A_log, D_skip)
     states = state_dtype(x, x_dbl, dt_weight, A_log)
-    if _check_backend(backend, x, states) == "reference":
+    if check_backend(backend, x, states) == "reference":
         return reference.selective_scan_2d(*weights, tuple(routes), carry_state)
     if backend == "parallel" and torch.compiler.is_exporting():
         return traced.selective_scan_2d(*weights, tuple(routes), carry_state)
     if backend == "parallel":
         return _plain(_Parallel2d, parallel.selective_scan_2d, (*weights, tuple(routes), carry_state))[0]
     names, sets = [ROUTES.index(name) for name, _ in routes], [weight_set for _, weight_set in routes]
-    return _scan_2d(*weights, names, sets, carry_state, _runs_triton(backend, x, states))[0]
+    return _scan_2d(*weights, names, sets, carry_state, runs_triton(backend, x, states))[0]
 
 
 # The registered operators: forward, backward, fake, autograd, FLOPs.
@@ -408,52 +401,8 @@ def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, *args, **k
     return 2 * flops_2d(x[0], x[1] * x[2], x[3], A_log[2], dt_weight[2], len(routes))
 
 
-# Choice of backend, and argument checks.
-
-
-def _check_backend(backend: str, x: Tensor, states: torch.dtype) -> str:
-    """Checks that a backend is known and can run here."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
-    if backend == "triton":
-        remedy = "use 'auto' or 'parallel', which run in torch on any device"
-        if not _HAS_TRITON:
-            raise ValueError(
-                f"backend 'triton' needs the package triton, which is not installed; install it, or {remedy}"
-            )
-        if not (x.is_cuda or _INTERPRETED):
-            raise ValueError(
-                f"backend 'triton' needs a GPU, but the input is on {x.device}; {remedy}, or set TRITON_INTERPRET=1 "
-                "before Python starts, which runs the kernels slowly in Triton's interpreter"
-            )
-        if states == torch.float64:
-            raise ValueError(f"backend 'triton' keeps states in float32, but an input is float64; {remedy}")
-    return backend
-
-
-def _runs_triton(backend: str, x: Tensor, states: torch.dtype) -> bool:
-    """Whether `auto` or `triton` means the Triton kernels for this input, rather than the torch scan."""
-    return backend == "triton" or (x.is_cuda and _HAS_TRITON and states == torch.float32)
-
-
 def _plain(function: Any, scan: Callable, arguments: tuple) -> tuple:
     """The torch scan outside the registered operators."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         return function.apply(*arguments)
     return scan(*arguments)
-
-
-def _check_floating(**tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and not t.is_floating_point():
-            kind = "real A only: split a complex A into real states" if t.is_complex() else "a floating point dtype"
-            raise TypeError(f"{name} is {t.dtype}; expected {kind}")
-
-
-def _check_shape(name: str, t: Tensor, dims: Sequence[str], known: dict[str, int]) -> None:
-    fits = t.dim() == len(dims) and all(known.get(d, n) == n for d, n in zip(dims, t.shape, strict=True))
-    if not fits:
-        expected = ", ".join(f"{d}={known[d]}" if d in known else d for d in dims)
-        raise ValueError(f"{name} has shape {tuple(t.shape)}; expected ({expected})")
-    if not known and t.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(t.shape)} and so no elements; expected one or more")

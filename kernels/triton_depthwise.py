@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_maps import pixel_stride, silu, silu_gate, silu_slope, zeros
 from .triton_tiles import LOG2_E, multiprocessors
 
 STRIPS = 4
@@ -67,7 +68,7 @@ def gelu_gate(z):
 def activate(z, ACTIVATION: tl.constexpr):
     """The activation of z."""
     if ACTIVATION == "silu":
-        z = z / (1.0 + tl.exp2(z * -LOG2_E))
+        z = silu(z)
     if ACTIVATION == "gelu":
         z = z * gelu_gate(z)
     return z
@@ -77,8 +78,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 def through_activation(dy, z, ACTIVATION: tl.constexpr):
     """The gradient of z from that of its activation."""
     if ACTIVATION == "silu":
-        gate = 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
-        dy = dy * (gate * (1.0 + z * (1.0 - gate)))
+        dy = dy * silu_slope(z, silu_gate(z))
     if ACTIVATION == "gelu":
         bell = tl.exp2(z * z * (-0.5 * LOG2_E)) * 0.3989422804
         dy = dy * (gelu_gate(z) + z * bell)
@@ -122,15 +122,6 @@ def load_taps(weight_ptr, DOWN: tl.constexpr, K: tl.constexpr, STRIDE: tl.conste
             if DOWN == K // 2 and j == K // 2:
                 weight += 1.0
         found = found + (weight,)
-    return found
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr):
-    """A tuple of zeros."""
-    found = ()
-    for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros((G, BLOCK), tl.float32),)
     return found
 
 
@@ -358,7 +349,7 @@ def add_bias(sums, gs, K: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def store_sums(part_ptr, sums, C: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def store_parts(part_ptr, sums, C: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """A program's part of the gradients of weights and bias, summed over its strips."""
     blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
@@ -450,7 +441,7 @@ def sum_weights(
                 if K - S + s - S * live >= 0:
                     sums = add_products(sums, gs, live * P, xs, 0, K - S + s - S * live, K, S, P)
         gs = slice_of(gs, P, (LIVE - 1) * P)
-    store_sums(part_ptr, sums, C, BLOCK, K * K + 1)
+    store_parts(part_ptr, sums, C, BLOCK, K * K + 1)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -538,7 +529,7 @@ def convolve_and_sum_weights(
             sums = add_products(sums, gs, 0, window, down * COLUMNS, down, K, 1, P)
         sums = add_bias(sums, gs, K, P)
         window = slice_of(window, COLUMNS, (K - 1) * COLUMNS)
-    store_sums(part_ptr, sums, C, BLOCK, K * K + 1)
+    store_parts(part_ptr, sums, C, BLOCK, K * K + 1)
 
 
 class Split(NamedTuple):
@@ -591,7 +582,7 @@ def depthwise_conv(
             pre,
             *work.sizes,
             *x.stride()[:2],
-            **_layout(x),
+            **layout(x),
             **_constants(x, weight, stride, CHANNELS),
             ACTIVATION=activation,
             RESIDUAL=residual,
@@ -620,13 +611,13 @@ def depthwise_conv_backward(
     again = activation != "none" and convolves_again(size, stride)
     if activation != "none" and not again and pre.numel() == 0:
         pre, _ = depthwise_conv(x, weight, bias, stride, "none", residual, False)
-    g, dx = dy if activation == "none" else torch.empty_like(dy), x.new_empty(x.shape)
+    g, dx = dy if activation == "none" else dy.new_empty(dy.shape), x.new_empty(x.shape)
 
     block = CHANNELS if size <= 3 else CHANNELS // 2  # a lane has room for 10 sums of two channels, or 50 of one
     work = split(x.shape, stride, block, multiprocessors(x.device))
     parts = torch.empty(work.programs, size * size + 1, x.shape[3], dtype=torch.float32, device=x.device)
     arguments = (*work.sizes, *x.stride()[:2])
-    constants = {**_layout(x), **_constants(x, weight, stride, block), "ACTIVATION": activation}
+    constants = {**layout(x), **_constants(x, weight, stride, block), "ACTIVATION": activation}
     grid = (work.programs * work.blocks,)
     with torch.cuda.device_of(x):
         filled, filled_bias = _in_blocks(weight, bias)
@@ -653,8 +644,21 @@ def depthwise_conv_backward(
 
 
 def with_channels_last(x: Tensor) -> Tensor:
-    """The map itself where its channels lie side by side, such as half of another map's; otherwise a copy."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    """The map itself where its channels lie side by side, such as half of another map's; otherwise a copy.
+
+    A map whose columns lie farther apart than its rows is copied, too: how far would depend on its height, and kernels
+    are compiled for the distance of neighbouring pixels.
+    """
+    _, row, pixel, channel = x.stride()
+    turned = min(x.shape[1:3]) > 1 and row < pixel
+    return x if channel == 1 and not turned else x.contiguous()
+
+
+def layout(x: Tensor) -> dict[str, int]:
+    """What kernels are compiled for of where a map lies: the same for all sizes."""
+    pixel = pixel_stride(x)
+    apart = (stride for size, stride in zip(x.shape[:2], x.stride(), strict=False) if size > 1)
+    return {"PIXEL": pixel, "ALIGN": 2 if all(stride % 2 == 0 for stride in (pixel, *apart)) else 1}
 
 
 def _in_blocks(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -663,11 +667,6 @@ def _in_blocks(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if filling := -channels % CHANNELS:
         weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, filling)), F.pad(bias, (0, filling))
     return weight.reshape(-1, size * size).mT.contiguous().float(), bias.contiguous().float()
-
-
-def _layout(x: Tensor) -> dict[str, int]:
-    image, row, pixel, _ = x.stride()
-    return {"PIXEL": pixel, "ALIGN": 2 if image % 2 == row % 2 == 0 else 1}
 
 
 def _constants(x: Tensor, weight: Tensor, stride: int, block: int) -> dict[str, int]:

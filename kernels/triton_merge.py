@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import LOG2_E, multiprocessors
+from .triton_maps import pixel_stride, silu, silu_gate, silu_slope, zeros
+from .triton_tiles import multiprocessors
 
 TILE = 1024
 """Values of a block, P * BLOCK: eight a thread, which a 16-bit map's thread reads at once."""
@@ -82,15 +83,6 @@ def store_sums(channel_ptr, sums, D: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
     for k in tl.static_range((D + BLOCK - 1) // BLOCK):
         tl.store(channel_ptr + k * BLOCK + c, tl.sum(sums[k], axis=0), mask=k * BLOCK + c < D)
-
-
-@triton.jit
-def zeros(P: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """A tuple of zeros."""
-    found = ()
-    for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros((P, BLOCK), tl.float32),)
-    return found
 
 
 @triton.jit
@@ -264,7 +256,7 @@ def normalise(
     if K > 0:
         weight = load_channels(weight_ptr, D, BLOCK)
         bias = scaled(load_channels(bias_ptr, D, BLOCK), (K if EACH else 1) * 1.0, 0, COUNT)
-    sums = zeros(P, BLOCK, COUNT)
+    sums = zeros(COUNT, P, BLOCK)
     for tile in range(tiles):
         pixel = first + tile * P + tl.arange(0, P)
         inside = pixel < pixels
@@ -277,7 +269,7 @@ def normalise(
         if K > 0:
             out = bias
         else:
-            out = zeros(P, BLOCK, COUNT)
+            out = zeros(COUNT, P, BLOCK)
         if HALF:
             out = add_upsampled(out, half_ptr, pixel, inside, H, W, other_H, other_W, D, BLOCK)
         if K > 0:
@@ -344,8 +336,8 @@ def normalise_back(
     weight = load_channels(weight_ptr, D, BLOCK)
     if MEANS:
         mean = load_channels(mean_ptr + b * D, D, BLOCK)
-    dweight = zeros(P, BLOCK, COUNT)
-    dbias = zeros(P, BLOCK, COUNT)
+    dweight = zeros(COUNT, P, BLOCK)
+    dbias = zeros(COUNT, P, BLOCK)
     for tile in range(tiles):
         pixel = first + tile * P + tl.arange(0, P)
         inside = pixel < pixels
@@ -431,7 +423,7 @@ def gate_map(
         at = pixel.to(tl.int64)[:, None]
         m = tl.load(m_ptr + at * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at * PIXEL + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        out = m * (z / (1.0 + tl.exp2(z * -LOG2_E)))
+        out = m * silu(z)
         if SCALED:
             out *= scale
         tl.store(out_ptr + at * D + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -475,11 +467,11 @@ def gate_back(
         dout = tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(m_ptr + place, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at * PIXEL + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
+        gate = silu_gate(z)
         through = dout * m
         if SCALED:
             sums += through * (z * gate)
-        dz = through * scale * (gate * (1.0 + z * (1.0 - gate)))
+        dz = through * scale * silu_slope(z, gate)
         tl.store(dm_ptr + place, (dout * scale * (z * gate)).to(dm_ptr.dtype.element_ty), mask=mask)
         tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if SCALED:
@@ -543,7 +535,9 @@ def merge_routes(
         half, _, half_sum = _normalise(like, y_half, weight_half, bias_half, None, y_half.shape, eps, each, keep)
     shape = (like.shape[0], 0 if y_full is None else y_full.shape[1], height, width, like.shape[4])
     m, parts, full_sum = _normalise(like, y_full, weight, bias, half, shape, eps, False, keep, means)
-    found = m.new_empty(0, dtype=torch.float32) if parts is None else parts.sum(1) / (height * width)
+    found = m.new_empty(0)
+    if parts is not None:
+        found = torch.div(parts.sum(1), height * width, out=m.new_empty(like.shape[0], like.shape[4]))
     full_sum, half_sum = (m.new_empty(0) if t is None else t for t in (full_sum, half_sum))
     return m, found, full_sum, half_sum
 
@@ -616,14 +610,14 @@ def merge_routes_backward(
     """
     dm = dm.contiguous()
     if dmeans is not None:
-        dmeans = dmeans.contiguous() / (dm.shape[1] * dm.shape[2])
+        dmeans = dmeans.float().contiguous() / (dm.shape[1] * dm.shape[2])  # too little for fp16
     found: list[Tensor] = []
     for y, scale, upsampled in ((full, weight, False), (half, weight_half, True)):
         if y is not None and scale is not None:
             y = y.contiguous()
             batch, routes, height, width, channels = y.shape
             work = split(batch, height * width, channel_block(channels), multiprocessors(y.device))
-            dy = torch.empty_like(y)
+            dy = y.new_empty(y.shape)
             parts = torch.empty(batch * work.chunks, 2, channels, dtype=torch.float32, device=y.device)
             with torch.cuda.device_of(y):
                 normalise_back[(batch * work.chunks,)](
@@ -650,9 +644,9 @@ def merge_routes_backward(
 
 def gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
     """See `merge.gate`."""
-    m, z = m.contiguous(), with_pixels_in_line(z)
-    out = torch.empty_like(m)
-    work, launch, constants = _gating(m, scale, z)
+    m, (z, pixel) = m.contiguous(), with_pixels_in_line(z)
+    out = m.new_empty(m.shape)
+    work, launch, constants = _gating(m, scale, pixel)
     with torch.cuda.device_of(m):
         gate_map[launch](
             m, m if scale is None else scale.contiguous(), z, out, m.shape[1] * m.shape[2], work.tiles, **constants
@@ -662,9 +656,9 @@ def gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
 
 def gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of m, scale and z; that of scale is empty where there is none."""
-    dout, m, z = dout.contiguous(), m.contiguous(), with_pixels_in_line(z)
-    dm, dz = torch.empty_like(m), z.new_empty(z.shape)
-    work, launch, constants = _gating(m, scale, z)
+    dout, m, (z, pixel) = dout.contiguous(), m.contiguous(), with_pixels_in_line(z)
+    dm, dz = m.new_empty(m.shape), z.new_empty(z.shape)
+    work, launch, constants = _gating(m, scale, pixel)
     parts = m if scale is None else m.new_empty(m.shape[0], work.chunks, m.shape[3], dtype=torch.float32)
     with torch.cuda.device_of(m):
         gate_back[launch](
@@ -682,11 +676,11 @@ def gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> t
     return dm, m.new_empty(0) if scale is None else parts.sum(1).to(scale.dtype), dz
 
 
-def _gating(m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Split, tuple[int], dict[str, int]]:
+def _gating(m: Tensor, scale: Tensor | None, pixel: int) -> tuple[Split, tuple[int], dict[str, int]]:
     batch, height, width, channels = m.shape
     blocks = -(-channels // GATE_CHANNELS)
     work = split(batch * blocks, height * width, GATE_CHANNELS, multiprocessors(m.device))
-    constants = {"PIXEL": z.stride(2), "SCALED": scale is not None, **_constants(work, channels)}
+    constants = {"PIXEL": pixel, "SCALED": scale is not None, **_constants(work, channels)}
     return work, (batch * work.chunks * blocks,), constants
 
 
@@ -694,8 +688,16 @@ def _constants(work: Split, channels: int) -> dict[str, int]:
     return {"D": channels, "P": work.pixels, "BLOCK": work.block, "num_warps": WARPS, "num_stages": 1}
 
 
-def with_pixels_in_line(z: Tensor) -> Tensor:
-    """The map itself where its pixels lie at equal distances, such as half of another map's; otherwise a copy."""
-    _, height, width, _ = z.shape
-    pixel = z.stride(2)
-    return z if z.stride() == (height * width * pixel, width * pixel, pixel, 1) else z.contiguous()
+def with_pixels_in_line(z: Tensor) -> tuple[Tensor, int]:
+    """The map itself where its pixels lie at equal distances, such as half of another map's, otherwise a copy.
+
+    Returns:
+        (map, distance of neighbouring pixels in elements)
+    """
+    _, height, width, channels = z.shape
+    pixel = pixel_stride(z)
+    strides = (height * width * pixel, width * pixel, pixel, 1)
+    in_line = all(
+        size == 1 or found == stride for size, found, stride in zip(z.shape, z.stride(), strides, strict=True)
+    )
+    return (z, pixel) if in_line else (z.contiguous(), channels)

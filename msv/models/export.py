@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from msv.files import write_atomic
 
 from .layers import Stem
-from .mixers import S6
+from .mixers import TokenMixer, use_backend
 
 SIDE = 32
 """What the sides of images are multiples of: 4 by the stem, and 2 between stages three times."""
@@ -54,7 +54,7 @@ def export_program(network: nn.Module, size: tuple[int, int] = (224, 224)) -> Ex
         refuses others: `Guard failed: images.size()[2] >= 96`, or `expects height to be divisible by ...`.
 
     Raises:
-        TypeError: the network has no scan of this project.
+        TypeError: the network has no token mixer of this project.
         ValueError: the size is none of those.
 
     Example:
@@ -63,7 +63,7 @@ def export_program(network: nn.Module, size: tuple[int, int] = (224, 224)) -> Ex
         torch.Size([3, 1000])
     """
     check_size(*size, LEAST_SIDE[".pt2"])
-    copied = _with_parallel_scan(network)
+    copied = _in_torch(network)
     stem = next(module for module in copied.modules() if isinstance(module, Stem)).proj
     tiles = torch.zeros(2, stem.in_channels * SIDE**2, 3, 4, dtype=stem.weight.dtype)
     least = LEAST_SIDE[".pt2"] // SIDE
@@ -86,7 +86,7 @@ def export_onnx(network: nn.Module | ExportedProgram, path: str | Path, opset: i
 
     Raises:
         FileExistsError: the file exists, and `force` is not given.
-        TypeError: the network has no scan of this project.
+        TypeError: the network has no token mixer of this project.
         ValueError: a package that is missing, an opset before 18, or a name that does not end in .onnx.
     """
     path = check_target(path, (".onnx",), force)
@@ -120,7 +120,7 @@ def export_pt2(network: nn.Module, path: str | Path, size: tuple[int, int] = (22
 
     Raises:
         FileExistsError: the file exists, and `force` is not given.
-        TypeError: the network has no scan of this project.
+        TypeError: the network has no token mixer of this project.
         ValueError: a size that the program would refuse, or a name that does not end in .pt2.
     """
     path = check_target(path, (".pt2",), force)
@@ -170,14 +170,12 @@ def check_target(path: str | Path, suffixes: tuple[str, ...], force: bool) -> Pa
     return path
 
 
-def _with_parallel_scan(network: nn.Module) -> nn.Module:
-    """A copy on the CPU, for inference alone, that scans in plain torch."""
+def _in_torch(network: nn.Module) -> nn.Module:
+    """A copy on the CPU, for inference alone, whose operators run in plain torch."""
     copied = copy.deepcopy(network).cpu().eval().requires_grad_(False)
-    scans = [module for module in copied.modules() if isinstance(module, S6)]
-    if not scans:
-        raise TypeError(f"cannot export a {type(network).__name__}: it has no scan; expected an MSVMamba")
-    for scan in scans:
-        scan.backend = "parallel"
+    if not any(isinstance(module, TokenMixer) for module in copied.modules()):
+        raise TypeError(f"cannot export a {type(network).__name__}: it has no token mixer; expected an MSVMamba")
+    use_backend(copied, "parallel")
     return copied
 
 

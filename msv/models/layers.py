@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from msv.kernels import Activation, depthwise_conv
+from msv.kernels import Activation, Backend, depthwise_conv
 
 
 class PointwiseConv(nn.Linear):
@@ -18,11 +18,13 @@ class DepthwiseConv(nn.Conv2d):
     What follows it is part of the same operator: an activation, and the sum with its own input.
     """
 
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1) -> None:
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1, backend: Backend = "auto") -> None:
         super().__init__(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels)
+        self.backend = backend
 
     def forward(self, x: Tensor, activation: Activation = "none", residual: bool = False) -> Tensor:
-        return depthwise_conv(x, self.weight, self.bias, self.stride[0], activation, residual)
+        options = (self.stride[0], activation, residual)
+        return depthwise_conv(x, self.weight, self.bias, *options, backend=self.backend)
 
 
 class Stem(nn.Module):
@@ -86,10 +88,10 @@ class SqueezeExcite(nn.Module):
 class ConvFFN(nn.Module):
     """The channel mixer (Fig. 5): 1×1 convolution to 2·dim, u + DWConv3×3(u), GELU, 1×1 convolution back."""
 
-    def __init__(self, dim: int, expansion: int = 2, drop_rate: float = 0.0) -> None:
+    def __init__(self, dim: int, expansion: int = 2, drop_rate: float = 0.0, backend: Backend = "auto") -> None:
         super().__init__()
         self.expand = PointwiseConv(dim, expansion * dim)
-        self.dwconv = DepthwiseConv(expansion * dim, 3)
+        self.dwconv = DepthwiseConv(expansion * dim, 3, backend=backend)
         self.reduce = PointwiseConv(expansion * dim, dim)
         self.drop = nn.Dropout(drop_rate)
 

@@ -77,8 +77,6 @@ class SkipOnly(nn.Module):
         shared: whether all routes share one D_skip.
     """
 
-    backend: Backend = "auto"  # of what follows the routes; here nothing is scanned
-
     def __init__(self, channels: int, routes: tuple[str, ...], shared: bool = False) -> None:
         super().__init__()
         self.routes = routes
@@ -92,16 +90,12 @@ class SkipOnly(nn.Module):
 class TokenMixer(nn.Module):
     """What SS2D and MS2D share: projection in, SE, gate and projection out (Fig. 5)."""
 
-    def __init__(self, dim: int, se: bool) -> None:
+    def __init__(self, dim: int, se: bool, backend: Backend) -> None:
         super().__init__()
+        self.backend = backend
         self.in_proj = nn.Linear(dim, 4 * dim, bias=False)
         self.se = SqueezeExcite(2 * dim) if se else nn.Identity()
         self.out_proj = nn.Linear(2 * dim, dim, bias=False)
-
-    @property
-    def backend(self) -> Backend:
-        """Of the scan, and of what follows it."""
-        raise NotImplementedError
 
     @property
     def wants_means(self) -> bool:
@@ -127,7 +121,7 @@ class SS2D(TokenMixer):
         d_state: N.
         stride: 1, the 4/0 row of Table 5; or 2, its 0/4 row, the map scanned at half resolution and upsampled.
         se: whether squeeze-excitation follows the scan.
-        backend: of the scan.
+        backend: of the scans, and of the operators before and after them.
         recurrence: whether routes are scanned; if not, each is y = D_skip ∘ x, and d_state says nothing.
     """
 
@@ -140,16 +134,12 @@ class SS2D(TokenMixer):
         backend: Backend = "auto",
         recurrence: bool = True,
     ) -> None:
-        super().__init__(dim, se)
-        self.dwconv = DepthwiseConv(2 * dim, 3, stride)
+        super().__init__(dim, se, backend)
+        self.dwconv = DepthwiseConv(2 * dim, 3, stride, backend)
         self.s6: S6 | SkipOnly = (
             S6(2 * dim, d_state, dt_rank(dim), ROUTES, backend=backend) if recurrence else SkipOnly(2 * dim, ROUTES)
         )
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
-
-    @property
-    def backend(self) -> Backend:
-        return self.s6.backend
 
     def scan(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         y, norm, size = self.s6(self.dwconv(x, "silu")), (self.norm.weight, self.norm.bias), tuple(x.shape[1:3])
@@ -171,7 +161,7 @@ class MS2D(TokenMixer):
         share_half: whether the half routes share one weight set (published), or have one each.
         separate_norms: whether the half branch has a norm of its own; the published code has one for both.
         se: whether squeeze-excitation follows the scan.
-        backend: of the scan.
+        backend: of the scans, and of the operators before and after them.
         recurrence: whether routes are scanned; if not, each is y = D_skip ∘ x, and d_state says nothing.
     """
 
@@ -187,11 +177,11 @@ class MS2D(TokenMixer):
         backend: Backend = "auto",
         recurrence: bool = True,
     ) -> None:
-        super().__init__(dim, se)
+        super().__init__(dim, se, backend)
         rank = dt_rank(dim)
         full, half = ROUTES[:full_scans], half_routes(full_scans)
-        self.dwconv_full = DepthwiseConv(2 * dim, 3)
-        self.dwconv_half = DepthwiseConv(2 * dim, 7, stride=2)
+        self.dwconv_full = DepthwiseConv(2 * dim, 3, backend=backend)
+        self.dwconv_half = DepthwiseConv(2 * dim, 7, 2, backend)
         self.s6_full: S6 | SkipOnly
         self.s6_half: S6 | SkipOnly
         if recurrence:
@@ -201,10 +191,6 @@ class MS2D(TokenMixer):
             self.s6_full, self.s6_half = SkipOnly(2 * dim, full), SkipOnly(2 * dim, half, share_half)
         self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
         self.norm_half = nn.LayerNorm(2 * dim, eps=1e-5) if separate_norms else None
-
-    @property
-    def backend(self) -> Backend:
-        return self.s6_full.backend
 
     def scan(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         full = self.s6_full(self.dwconv_full(x, "silu"))
@@ -233,3 +219,10 @@ def half_routes(full_scans: int) -> tuple[str, ...]:
 def dt_rank(dim: int) -> int:
     """R = ceil(dim / 16)."""
     return math.ceil(dim / 16)
+
+
+def use_backend(network: nn.Module, backend: Backend) -> None:
+    """Has all operators of a network run by another backend than it was built with."""
+    for module in network.modules():
+        if isinstance(module, (DepthwiseConv, S6, TokenMixer)):
+            module.backend = backend

@@ -89,7 +89,8 @@ class MSVMamba(nn.Module):
         ssm_weight_decay: whether weight decay acts on A_log and dt_bias, as in the published code.
         grad_checkpointing: whether blocks are recomputed in the backward to save memory.
         global_pool: `avg`, or an empty string for none.
-        backend: of the scan: `auto`, `triton`, `parallel` or `reference`.
+        backend: of the scans, the depthwise convolutions, the merge of routes and the gate: `auto`, `triton`,
+            `parallel` or `reference`.
 
     Raises:
         ValueError: a value out of its range, or a toggle that cannot act beside the others.
@@ -137,16 +138,16 @@ class MSVMamba(nn.Module):
                 return SS2D(dim, d_state, 1 if full_scans == 4 else 2, se, backend, recurrence)
             return MS2D(dim, d_state, full_scans, carry_state, share_half, separate_norms, se, backend, recurrence)
 
+        def ffn(dim: int) -> ConvFFN | None:
+            return ConvFFN(dim, drop_rate=ffn_drop_rate, backend=backend) if conv_ffn else None
+
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         downsampling = PatchMerging if downsample == "merge" else ConvDownsample
         self.stem = Stem(in_chans, dims[0])
         self.stages = nn.ModuleList(
             Stage(
                 downsampling(dims[i - 1], dim) if i else nn.Identity(),
-                [
-                    Block(dim, mixer(dim), ConvFFN(dim, drop_rate=ffn_drop_rate) if conv_ffn else None, next(rates))
-                    for _ in range(depth)
-                ],
+                [Block(dim, mixer(dim), ffn(dim), next(rates)) for _ in range(depth)],
             )
             for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
         )

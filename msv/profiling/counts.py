@@ -27,6 +27,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from msv.kernels import flops_1d, flops_2d
 from msv.models import S6
+from msv.models.mixers import use_backend
 
 PARTS = ("stem", "scans", "convolutions", "projections", "norms", "se", "ffn", "downsampling", "head", "other")
 """Where a network's costs are booked: a stem, S6 (scans, its own projections included), SE, ConvFFN, downsampling and
@@ -81,9 +82,7 @@ def count(network: nn.Module, in_chans: int = 3, image_size: int | tuple[int, in
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     shadow = copy.deepcopy(network).to("meta").eval()
-    for module in shadow.modules():
-        if isinstance(module, S6):
-            module.backend = "auto"  # the registered operator is the one that is seen, whatever computes it
+    use_backend(shadow, "auto")  # the registered operators are what is seen of scans, whatever computes them
     modules = dict(shadow.named_modules())
     with torch.no_grad(), _FlopCounter(modules) as counter:
         shadow(torch.empty(1, in_chans, height, width, device="meta"))

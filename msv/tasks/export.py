@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import inspect
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,30 +23,42 @@ from msv.tasks.checkpoint import load_pretrained, own_weights
 
 log = logging.getLogger(__name__)
 
+TOLERANCE = 1e-3
+"""How far outputs of a file may be off, of the network's largest; float32 leaves 1e-5."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the arguments after `export`; returns the exit status.
 
     Raises:
         OSError: a file that is missing, is there already, or cannot be written.
-        ValueError: a model, size or opset that cannot be exported, or weights that do not fit.
+        ValueError: a model, size or opset that cannot be exported, weights that do not fit or make outputs that are not
+            finite, or a file whose outputs are off by more than `TOLERANCE`.
     """
     options = _parser().parse_args(argv)
     target = check_target(options.target, tuple(LEAST_SIDE), options.force)
     height, width = options.size
     check_size(height, width, LEAST_SIDE[target.suffix])
     network = load_network(options.source, options.model)
+    images = torch.randn(2, network.in_chans, height, width)
+    with torch.no_grad():
+        expected = network(images)
+    largest = expected.abs().max().item()
+    if not math.isfinite(largest):
+        raise ValueError(f"{options.source}: outputs of its network are not finite, so there is nothing to export")
     if target.suffix == ".onnx":
         export_onnx(network, target, options.opset, options.force)
     else:
         export_pt2(network, target, (height, width), options.force)
-    images = torch.randn(2, network.in_chans, height, width)
-    with torch.no_grad():
-        expected = network(images)
     error = (run(target, images) - expected).abs().max().item()
     params = sum(parameter.numel() for parameter in network.parameters())
     print(f"{target}: {params:,} parameters; images (B, {network.in_chans}, H, W), sides in multiples of 32")
-    print(f"run with {tuple(images.shape)}: off by {error:.1e} at most, of outputs up to {expected.abs().max():.1e}")
+    print(f"run with {tuple(images.shape)}: off by {error:.1e} at most, of outputs up to {largest:.1e}")
+    if not error <= TOLERANCE * largest:
+        raise ValueError(
+            f"{target} is off by {error:.1e}, more than {TOLERANCE:g} of the largest output: do not use it; torch, "
+            "onnxscript and onnxruntime may be of versions that do not fit together"
+        )
     return 0
 
 
@@ -88,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cli.py export",
         description="Writes a network as a torch.export program (.pt2) or an ONNX file (.onnx), for any batch and any "
-        "sides in multiples of 32, and runs the file once against the network.",
+        "sides in multiples of 32, and runs the file once against the network: more than 1e-3 off is an error.",
     )
     parser.add_argument("source", metavar="MODEL_OR_CHECKPOINT", help=f"a file of weights, or {', '.join(PRESETS)}")
     parser.add_argument("target", metavar="OUT.onnx|OUT.pt2", help="the file to write")
@@ -146,16 +160,34 @@ def _architecture(path: Path) -> dict[str, Any]:
             f"{path} does not say which network its weights are of, and there is no config.yaml beside it: give "
             f"--model with one of {', '.join(PRESETS)}"
         )
-    network = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["network"]
-    arguments = network.get("init_args", {})
-    if network["class_path"].endswith(".MSVMamba"):
-        return arguments
-    if arguments.get("name") not in PRESETS:
+    class_path, arguments = _network_of(config)
+    if not class_path.endswith(".MSVMamba"):
+        if arguments.get("name") not in PRESETS:
+            raise ValueError(
+                f"{config}: its network is {arguments.get('name', class_path)}; only MSVMamba and its presets can be "
+                f"exported: {', '.join(PRESETS)}"
+            )
+        arguments = {**PRESETS[arguments["name"]], **(arguments.get("model_args") or {})}
+    if unknown := arguments.keys() - inspect.signature(MSVMamba).parameters:
         raise ValueError(
-            f"{config}: its network is {arguments.get('name', network['class_path'])}; only MSVMamba and its presets "
-            f"can be exported: {', '.join(PRESETS)}"
+            f"{config}: MSVMamba has no {', '.join(sorted(unknown))}; if the file is not of these weights, give "
+            f"--model with one of {', '.join(PRESETS)}"
         )
-    return {**PRESETS[arguments["name"]], **(arguments.get("model_args") or {})}
+    return arguments
+
+
+def _network_of(config: Path) -> tuple[str, dict[str, Any]]:
+    """The class and the arguments of the network in a run's config.yaml."""
+    try:
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))
+        for key in ("model", "init_args", "network"):
+            found = found[key]
+        return str(found["class_path"]), dict(found.get("init_args") or {})
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{config} is not what `fit` writes: it names no network. If it is not of these weights, give --model with "
+            f"one of {', '.join(PRESETS)}"
+        ) from error
 
 
 def _near(name: str) -> str:

@@ -1,4 +1,6 @@
-"""Inputs of the two operators, one table of tolerances, and poisoned memory."""
+"""Inputs of the two scans, one table of tolerances, poisoned and free memory, and a compiler without a past."""
+
+import gc
 
 import pytest
 import torch
@@ -23,6 +25,32 @@ def poisoned():
         assert torch.empty_like(torch.zeros(3, device=device)).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def as_users_run(poisoned):
+    """Without torch's deterministic algorithms: where they come from here, the same bits must come without them."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing compiled before or kept for what comes after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def free_memory():
+    """A GPU with nothing left on it by other tests, as large as the largest tests need."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 70 * 2**30:
+        pytest.skip("needs 70 GiB of free GPU memory")
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from msv.kernels import ops, selective_scan, selective_scan_2d
+from msv.kernels import checks, selective_scan, selective_scan_2d
 
 ONE_ROUTE = (("row", 0),)
 
@@ -92,13 +92,13 @@ def test_backends(monkeypatch, make_1d, make_2d):
     for scan in (scan_1d, scan_2d):
         with pytest.raises(ValueError, match="backend 'cuda' is unknown; expected one of auto, triton, parallel, ref"):
             scan("cuda")
-        monkeypatch.setattr(ops, "_HAS_TRITON", True)
-        monkeypatch.setattr(ops, "_INTERPRETED", True)
+        monkeypatch.setattr(checks, "HAS_TRITON", True)
+        monkeypatch.setattr(checks, "INTERPRETED", True)
         with pytest.raises(ValueError, match=r"'triton' keeps states in float32, but an input is float64; use 'auto'"):
             scan("triton", torch.float64)
-        monkeypatch.setattr(ops, "_INTERPRETED", False)
+        monkeypatch.setattr(checks, "INTERPRETED", False)
         with pytest.raises(ValueError, match=r"'triton' needs a GPU, .* on cpu; use 'auto' or .*TRITON_INTERPRET=1"):
             scan("triton")
-        monkeypatch.setattr(ops, "_HAS_TRITON", False)
+        monkeypatch.setattr(checks, "HAS_TRITON", False)
         with pytest.raises(ValueError, match=r"'triton' needs the package triton.*install it, or use 'auto'"):
             scan("triton")

@@ -3,24 +3,31 @@
 As in `test_triton.py`, kernels run small through Triton's interpreter, and in full with `pytest -m gpu`.
 """
 
-import gc
-import os
+import itertools
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_or_interpreter import (
+    BACKEND,
+    BF16,
+    FLOAT32,
+    FP16,
+    GPU,
+    INTERPRETER,
+    UNIT_ROUNDOFF,
+    assert_graph_replays,
+    assert_same_bits,
+    devices,
+    on_devices,
+    on_gpu,
+    under_autocast,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msv.kernels import gate, merge_routes, triton_merge
-
-BACKEND = "triton"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETER = [pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, as it is where a GPU is")]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-FLOAT32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-UNIT_ROUNDOFF = {FLOAT32: 2**-24, BF16: 2**-8, FP16: 2**-11}
 
 
 class Kind(NamedTuple):
@@ -55,19 +62,6 @@ class Case(NamedTuple):
         return f"{self.kind}-{str(self.dtype)[6:]}-{'x'.join(map(str, self.shape))}"
 
 
-def on_devices(small, full):
-    """Parameters (device, case): small cases for the interpreter, the full list for a GPU."""
-    return [
-        *(pytest.param("cpu", case, marks=INTERPRETER, id=f"interpreter-{case}") for case in small),
-        *(pytest.param("cuda", case, marks=GPU, id=f"cuda-{case}") for case in full),
-    ]
-
-
-devices = pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=INTERPRETER, id="interpreter"), pytest.param("cuda", marks=GPU, id="cuda")],
-)
-on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU, id="cuda")])
 trained_kinds = pytest.mark.parametrize("kind", TRAINED)
 
 
@@ -103,14 +97,13 @@ def make_gate(shape, scaled, dtype=FLOAT32, device="cpu"):
     return {**(tensors if scaled else {**tensors, "scale": None}), "z": z.to(device, dtype).chunk(2, dim=-1)[1]}
 
 
+def make_either(kind, shape, dtype=FLOAT32, device="cpu"):
+    """The merge of a kind, or the `gate`, with its tensors."""
+    return (gate, make_gate(shape, True, dtype, device)) if kind == "gate" else make(kind, shape, dtype, device)
+
+
 def small_shape(device):
     return (3, 5, 4, 6) if device == "cpu" else (3, 29, 27, 100)
-
-
-def assert_same_bits(found, expected):
-    for part, same in zip(found, expected, strict=True):
-        assert part.keys() == same.keys()
-        assert [name for name, t in part.items() if t is not None and not torch.equal(t, same[name])] == []
 
 
 @pytest.fixture
@@ -160,7 +153,7 @@ FULL = [Case(kind, dtype, shape) for kind in KINDS for dtype in (FLOAT32, BF16, 
 def test_values(assert_exact, device, case):
     found = assert_exact(*make(case.kind, case.shape, case.dtype, device))
     assert found["y"].dtype == case.dtype
-    assert not KINDS[case.kind].means or found["last"].dtype == FLOAT32
+    assert not KINDS[case.kind].means or found["last"].dtype == case.dtype
 
 
 GATES = [(FLOAT32, (2, 5, 3, 6)), (FLOAT32, (1, 1, 1, 70)), (BF16, (2, 4, 5, 9)), (FP16, (2, 3, 4, 64))]
@@ -236,7 +229,7 @@ def test_half_of_a_map_is_read_where_it_lies(outputs_and_gradients, device, part
     tensors = make_gate((batch, height, width, channels), True, device=device)
     whole = torch.randn(batch, height, width, 2 * channels, device=device)
     half = whole.chunk(2, dim=-1)[part]
-    assert triton_merge.with_pixels_in_line(half) is half
+    assert triton_merge.with_pixels_in_line(half)[0] is half
     expected = outputs_and_gradients(gate, {**tensors, "z": half.contiguous()}, backend=BACKEND)
     assert torch.equal(gate(tensors["m"], tensors["scale"], half, backend=BACKEND), expected[0]["y"])
     leaf, alone = (t.clone().requires_grad_() for t in (whole, half.contiguous()))
@@ -246,19 +239,33 @@ def test_half_of_a_map_is_read_where_it_lies(outputs_and_gradients, device, part
     assert not leaf.grad.chunk(2, dim=-1)[1 - part].any()
 
 
+def copied(t):
+    """With strides of its own also where `contiguous` finds nothing to copy, since there is one of a dimension."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 LAYOUTS = {
-    "channels-first": lambda t: t.movedim(-1, 1).contiguous().movedim(1, -1),
-    "transposed": lambda t: t.transpose(-2, -3).contiguous().transpose(-2, -3),
+    "channels-first": lambda t: copied(t.movedim(-1, 1)).movedim(1, -1),
+    "transposed": lambda t: copied(t.transpose(-2, -3)).transpose(-2, -3),
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view_as(t),
     "expanded": lambda t: t[:1].expand_as(t),
     "cropped": lambda t: F.pad(t, (1, 2, 1, 1, 2, 1))[..., 2:-1, 1:-1, 1:-2],
 }
 
 
-@pytest.mark.parametrize("device, layout", on_devices(LAYOUTS, LAYOUTS))
-def test_layout_does_not_matter(device, layout):
-    operator, tensors = make("1/3", small_shape(device), device=device)
-    tensors |= make_gate(small_shape(device), True, device=device)
+IN_LAYOUTS = [
+    *((layout, "map") for layout in LAYOUTS),
+    *itertools.product(("channels-first", "transposed", "cropped"), ("row", "column")),
+]
+
+
+@pytest.mark.parametrize("device, case", on_devices(IN_LAYOUTS, IN_LAYOUTS))
+def test_layout_does_not_matter(device, case):
+    layout, form = case
+    batch, height, width, channels = small_shape(device)
+    shape = (batch, 1 if form == "row" else height, 1 if form == "column" else width, channels)
+    operator, tensors = make("1/3", shape, device=device)
+    tensors |= make_gate(shape, True, device=device)
 
     def run(change):
         leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
@@ -274,11 +281,23 @@ def test_layout_does_not_matter(device, layout):
     assert all(torch.equal(a, b) for a, b in zip(run(LAYOUTS[layout]), run(straight), strict=True))
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "half"])
+@pytest.mark.parametrize("sides", [(3, 4), (3, 1), (1, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pixels_are_found_in_line(layout, sides, batch):
+    map = torch.randn(batch, *sides, 6)
+    view = map.chunk(2, dim=-1)[1] if layout == "half" else LAYOUTS[layout](map)
+    z, pixel = triton_merge.with_pixels_in_line(view)
+    assert z is view or layout != "half"
+    assert torch.equal(z.as_strided((z[..., 0].numel(), z.shape[3]), (pixel, 1)), view.flatten(0, 2))
+
+
 # Bits.
 
 
 @devices
 @trained_kinds
+@pytest.mark.usefixtures("as_users_run")
 def test_the_same_inputs_give_the_same_bits(outputs_and_gradients, device, kind):
     operator, tensors = make(kind, small_shape(device), device=device)
     gated = make_gate(small_shape(device), True, device=device)
@@ -388,11 +407,21 @@ class TestOpcheck:
         torch.library.opcheck(torch.ops.msv.gate_backward.default, (torch.randn_like(leaves[0]), *leaves))
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+@devices
+@pytest.mark.parametrize("kind", ["2/2-own-norms-means", "4/0", "0/4-means"])
+def test_what_was_not_kept_is_made_again(device, kind, relative_error):
+    operator, tensors = make(kind, small_shape(device), device=device)
+    if KINDS[kind].full == 0:
+        tensors = {"y_half": tensors["y_half"], "weight_half": tensors["weight"], "bias_half": tensors["bias"]}
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    names = ("y_full", "y_half", "weight", "bias", "weight_half", "bias_half")
+    arguments = (*(leaves.get(name) for name in names), *operator.keywords["size"], 1e-5, KINDS[kind].sum_first, False)
+    found = []
+    for keep in (True, False):
+        m, _, *sums = torch.ops.msv.merge_routes(*arguments, keep)
+        assert any(t.numel() for t in sums) == keep
+        found.append((m, *torch.autograd.grad(m.square().sum(), leaves.values())))
+    assert all(relative_error(again, t) < 1e-6 for t, again in zip(*found, strict=True))
 
 
 def merge_and_gate(operator, z, **tensors):
@@ -442,9 +471,23 @@ def test_compiled_once_for_all_map_sizes(device):
 
 
 class Mixed(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+
     def forward(self, tensors, scale, z):
-        m, means = merge(**tensors, size=(4, 5), kind="1/3-means")
-        return gate(m, scale * means, z)
+        m, means = merge(**tensors, size=(4, 5), kind="1/3-means", backend=self.backend)
+        return gate(m, scale * means, z, backend=self.backend)
+
+
+def exported(backend, device):
+    """(module, its program, names of the operators that it calls, arguments)"""
+    _, tensors = make("1/3-means", (1, 4, 5, 6), device=device)
+    gated = make_gate((1, 4, 5, 6), True, device=device)
+    module, arguments = Mixed(backend), (tensors, gated["scale"], gated["z"])
+    with torch.no_grad():
+        program = torch.export.export(module, arguments)
+    return module, program, {str(node.target) for node in program.graph.nodes if node.op == "call_function"}, arguments
 
 
 @pytest.mark.parametrize(
@@ -452,27 +495,46 @@ class Mixed(torch.nn.Module):
     [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=GPU, id="cuda")],
 )
 def test_exports_as_torch_s_operators(device):
-    _, tensors = make("1/3-means", (1, 4, 5, 6), device=device)
-    gated = make_gate((1, 4, 5, 6), True, device=device)
-    arguments = (tensors, gated["scale"], gated["z"])
-    with torch.no_grad():
-        program = torch.export.export(Mixed(), arguments)
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    module, program, called, arguments = exported("auto", device)
     assert any(name.startswith("aten.layer_norm") for name in called)
     assert not any("msv" in name for name in called)
-    torch.testing.assert_close(program.module()(*arguments), Mixed()(*arguments))
+    torch.testing.assert_close(program.module()(*arguments), module(*arguments))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param(BACKEND, marks=INTERPRETER)])
+@devices
+def test_exports_as_itself_where_triton_is_asked_for(device):
+    module, program, called, arguments = exported(BACKEND, device)
+    assert called >= {"msv.merge_routes.default", "msv.gate.default"}
+    assert torch.equal(program.module()(*arguments), module(*arguments))
+
+
+@under_autocast
+@pytest.mark.parametrize("kind", [*TRAINED, "gate"])
 @pytest.mark.parametrize("dtype", [FLOAT32, BF16], ids=str)
-def test_autocast_changes_nothing(outputs_and_gradients, backend, dtype):
-    gated = make_gate((1, 4, 5, 6), True, dtype)
-    for operator, tensors in (make("1/3-means", (1, 4, 5, 6), dtype), (gate, gated)):
-        expected = outputs_and_gradients(operator, tensors, backend=backend)
-        with torch.autocast("cpu", BF16):
-            found = outputs_and_gradients(operator, tensors, backend=backend)
-        assert_same_bits(found, expected)
-        assert found[0]["y"].dtype == dtype
+def test_autocast_changes_nothing(outputs_and_gradients, device, backend, kind, dtype):
+    if backend == "parallel":
+        pytest.skip("is what torch's LayerNorm and product make of it")
+    operator, tensors = make_either(kind, (1, 4, 5, 6), dtype, device)
+    expected = outputs_and_gradients(operator, tensors, backend=backend)
+    with torch.autocast(device, BF16):  # forward and backward
+        found = outputs_and_gradients(operator, tensors, backend=backend)
+    assert_same_bits(found, expected)
+    assert all(t.dtype == dtype for t in found[0].values())
+    assert all(found[1][f"d{name}"].dtype == t.dtype for name, t in tensors.items())
+
+
+@devices
+@pytest.mark.parametrize("kind", [*TRAINED, "gate"])
+def test_the_second_derivative_is_refused(device, kind):
+    operator, tensors = make_either(kind, (1, 4, 5, 6), device=device)
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    y = operator(**leaves, backend=BACKEND)
+    y = y[0] if isinstance(y, tuple) else y
+    first = next(iter(leaves.values()))
+    (gradient,) = torch.autograd.grad(y.square().sum(), first, create_graph=True)
+    name = "gate" if kind == "gate" else "merge_routes"
+    with pytest.raises(RuntimeError, match=f"backward through msv.{name}_backward"):
+        gradient.square().sum().backward()
 
 
 @trained_kinds
@@ -494,21 +556,7 @@ def test_cuda_graph(device):
         y = merge_and_gate(operator, **leaves)
         return [y, *torch.autograd.grad(y.square().sum(), leaves.values())]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    for factor in (1.0, 0.5):
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                leaf.copy_(factor * tensors[name])
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+    assert_graph_replays(step, leaves, tensors)
 
 
 @on_gpu
@@ -548,15 +596,6 @@ def test_what_the_backward_needs_kept(kind, maps):
             held = any(t.untyped_storage()._cdata == tensors[name].untyped_storage()._cdata for t in kept)
             assert held != (summed and tensors[name].shape[1] > 1)
     assert sum(t.nbytes for t in kept if t.untyped_storage()._cdata not in own) == maps * 128 * 56 * 56 * 192 * 2
-
-
-@pytest.fixture
-def free_memory():
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @on_gpu

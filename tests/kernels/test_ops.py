@@ -57,13 +57,6 @@ def test_opcheck_of_the_backwards(make_1d, make_2d):
     torch.library.opcheck(backward, (torch.randn_like(y), saved, *arguments))
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["auto", "parallel"])
 def test_compiled_is_eager(make_1d, make_2d, outputs_and_gradients, assert_agree, backend):

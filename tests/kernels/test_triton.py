@@ -4,7 +4,6 @@
 operators alone, so nothing here knows how they are made.
 """
 
-import gc
 import itertools
 import os
 import random
@@ -15,19 +14,26 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gpu_or_interpreter import (
+    BACKEND,
+    BF16,
+    FLOAT32,
+    FP16,
+    GPU,
+    INTERPRETER,
+    UNIT_ROUNDOFF,
+    assert_graph_replays,
+    assert_same_bits,
+    devices,
+    on_devices,
+    on_gpu,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msv.kernels import ROUTES, selective_scan, selective_scan_2d
 from msv.kernels.triton_tiles import Chunks, cut
 
-BACKEND = "triton"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETER = [pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, as it is where a GPU is")]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
-FLOAT32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-UNIT_ROUNDOFF = {BF16: 2**-8, FP16: 2**-11}
 # Relative error in norm: of outputs and gradients in float32; of float32 gradients beside inputs in half precision.
 TOLERANCES = {FLOAT32: (1e-5, 1e-4), BF16: (5e-4, 5e-4), FP16: (5e-4, 5e-4)}
 ROUNDED = {"u", "delta", "B", "C", "z", "x", "x_dbl"}  # the arguments that half precision holds; weights are float32
@@ -89,21 +95,6 @@ def pairwise(*factors):
     return found
 
 
-def on_devices(small, full):
-    """Parameters (device, case): small cases for the interpreter, the full list for a GPU."""
-    return [
-        *(pytest.param("cpu", case, marks=INTERPRETER, id=f"interpreter-{case}") for case in small),
-        *(pytest.param("cuda", case, marks=GPU, id=f"cuda-{case}") for case in full),
-    ]
-
-
-devices = pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=INTERPRETER, id="interpreter"), pytest.param("cuda", marks=GPU, id="cuda")],
-)
-on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU, id="cuda")])
-
-
 def to(arguments, *where):
     return {name: t.to(*where) if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
 
@@ -152,13 +143,6 @@ def operator(request, device, make_1d, make_2d):
         routes, carry_state = ROUTE_SETS["three-carried"]
         scan = partial(selective_scan_2d, routes=routes, carry_state=carry_state, backend=BACKEND)
     return scan, to(arguments, device)
-
-
-def assert_same_bits(found, expected):
-    for part, same in zip(found, expected, strict=True):
-        assert part.keys() == same.keys()
-        differ = [name for name, t in part.items() if not torch.equal(t, same[name])]
-        assert not differ
 
 
 # Values: the matrix.
@@ -564,13 +548,6 @@ def test_opcheck(operator, outputs_and_gradients, device, dtype):
         torch.library.opcheck(registered, tuple(leaves))
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @devices
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_is_eager(operator, outputs_and_gradients, device):
@@ -635,21 +612,7 @@ def test_cuda_graph(operator, device):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return [*outputs, *torch.autograd.grad([y.square().sum() for y in outputs], leaves.values())]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    for factor in (1.0, 0.5, 1.5):
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                leaf.copy_(factor * arguments[name])
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+    assert_graph_replays(step, leaves, arguments)
 
 
 @on_gpu
@@ -748,17 +711,6 @@ def test_2d_keeps_a_sixteenth_a_route(routes, side, channels):
             D_skip=empty(sets, channels),
         )
     assert kept <= len(routes) * 128 * side * side * channels * 4 / 16
-
-
-@pytest.fixture
-def free_memory():
-    gc.collect()
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 70 * 2**30:
-        pytest.skip("needs 70 GiB of free GPU memory")
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def assert_parts_agree(scan, batched, weights, dy, parts):

@@ -10,9 +10,12 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msv.kernels import selective_scan_2d
 from msv.models import PRESETS, S6, MSVMamba
+from msv.models.mixers import use_backend
 
 EXACT = {
     "msvmamba_nano": 6_864_136,
@@ -126,8 +129,53 @@ def test_without_recurrence_only_convolutions_mix_positions(make_small, full_sca
 def test_backends_agree(make_small, backend):
     images = torch.randn(1, 3, 40, 56)
     network = make_small(backend=backend)
-    assert all(m.backend == backend for m in network.modules() if isinstance(m, S6))
     torch.testing.assert_close(network(images), make_small()(images), rtol=1e-5, atol=1e-5)
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the registered operators that are called below it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "msv":
+            self.found.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recurrence", [True, False], ids=["S6", "skip-only"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "parallel", "reference"])
+def test_which_kernels_run_on_a_gpu(make_small, backend, recurrence):
+    network = make_small(depths=(1, 1, 1, 1), d_state=1, backend=backend, recurrence=recurrence)
+    with FakeTensorMode(), Kernels() as kernels:
+        on_gpu = {name: torch.empty(p.shape, device="cuda") for name, p in network.named_parameters()}
+        torch.func.functional_call(network, on_gpu, torch.empty(1, 3, 64, 64, device="cuda"))
+    of_triton = {"depthwise_conv", "merge_routes", "gate", *(["selective_scan_2d"] if recurrence else [])}
+    assert kernels.found == (of_triton if backend in ("auto", "triton") else set())
+
+
+def test_another_backend_for_a_whole_network(make_small):
+    network = make_small(backend="triton")
+    use_backend(network, "parallel")
+    with Kernels() as kernels:
+        network(torch.randn(1, 3, 32, 32))
+    assert not kernels.found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_through_triton(make_small, dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for backend, precision in (("triton", dtype), ("reference", torch.float64)):
+        network = make_small(depths=(1, 1, 1, 1), backend=backend).to(device, precision)
+        logits = network(torch.linspace(-2, 2, 3 * 64 * 32, device=device, dtype=precision).view(1, 3, 64, 32).sin())
+        logits.square().sum().backward()
+        assert all(parameter.grad.dtype == logits.dtype == precision for parameter in network.parameters())
+        found.append((logits, torch.cat([parameter.grad.flatten() for parameter in network.parameters()])))
+    for t, exact in zip(*found, strict=True):
+        assert (t - exact).norm() < 0.05 * exact.norm()
 
 
 REFUSED = {

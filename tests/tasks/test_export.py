@@ -1,6 +1,7 @@
 """`python cli.py export`: which network a word stands for, the files made of it, and what is refused."""
 
-import onnxruntime
+import json
+
 import pytest
 import torch
 import yaml
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from msv.models import MSVMamba
 from msv.models.convert import convert
-from msv.tasks.export import load_network, main
+from msv.tasks.export import load_network, main, run
 
 SMALL = {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "d_state": 2, "num_classes": 7, "in_chans": 1}
 
@@ -97,24 +98,74 @@ def test_networks_that_are_refused(tmp_path, published, network):
         load_network(str(run))
 
 
+FOREIGN = {
+    "empty": "",
+    "text": "nothing of ours",
+    "list": "- model",
+    "no-yaml": "model: [",
+    "no-network": "model: {init_args: {lr: 0.1}}",
+    "no-class": "model: {init_args: {network: {init_args: {}}}}",
+    "null": "model:",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_a_config_of_something_else_is_refused(tmp_path, network, text):
+    torch.save(network.state_dict(), tmp_path / "alone.pth")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml is not what `fit` writes: .* give --model with one of msvmamba"):
+        load_network(str(tmp_path / "alone.pth"))
+
+
+def test_a_config_with_other_arguments_is_refused(tmp_path, network):
+    run = write_run(tmp_path / "run", network, "theirs.MSVMamba", {"dims": [8, 16, 32, 64], "width": 3})
+    with pytest.raises(ValueError, match=r"config.yaml: MSVMamba has no width; .* give --model with one of msvmamba"):
+        load_network(str(run))
+
+
 # The files.
 
 
-def test_both_files(published, network, tmp_path, capsys):
+@pytest.fixture
+def run_without_scans(tmp_path):
+    """A run whose network is exported in a second or two; what becomes of scans, tests/models/test_export.py tells."""
+    arguments = {**SMALL, "d_state": 1, "recurrence": False}
+    torch.manual_seed(0)
+    network = MSVMamba(**arguments).eval()
+    written = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.items()}
+    return write_run(tmp_path / "run", network, "msv.models.MSVMamba", written), network
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+def test_files(run_without_scans, tmp_path, capsys, name):
+    checkpoint, network = run_without_scans
+    assert main([str(checkpoint), str(tmp_path / name), "--size", "128", "96"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters" in printed
+    assert "images (B, 1, H, W), sides in multiples of 32" in printed
+    assert "run with (2, 1, 128, 96): off by " in printed
     images = torch.randn(3, 1, 96, 160)
     with torch.no_grad():
-        expected = network(images)
-    for name in ("net.onnx", "net.pt2"):
-        assert main([str(published), str(tmp_path / name), "--size", "128", "96"]) == 0
-        printed = capsys.readouterr().out
-        assert f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters" in printed
-        assert "images (B, 1, H, W), sides in multiples of 32" in printed
-        assert "run with (2, 1, 128, 96): off by " in printed
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    (logits,) = session.run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-5)
-    program = torch.export.load(tmp_path / "net.pt2").module()
-    torch.testing.assert_close(program(images), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(tmp_path / name, images), network(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1.01, torch.nan])
+def test_a_file_that_is_off_is_an_error(run_without_scans, tmp_path, monkeypatch, factor):
+    checkpoint, network = run_without_scans
+    monkeypatch.setattr("msv.tasks.export.run", lambda path, images: network(images).detach() * factor)
+    monkeypatch.setattr("msv.tasks.export.export_pt2", lambda *_: None)
+    with pytest.raises(ValueError, match=r"net.pt2 is off by .*, more than 0.001 of the largest output: do not use it"):
+        main([str(checkpoint), str(tmp_path / "net.pt2")])
+
+
+def test_outputs_that_are_not_finite_are_not_exported(tmp_path):
+    network = MSVMamba(**SMALL)
+    with torch.no_grad():
+        network.head.fc.bias[2] = torch.inf
+    save_file(network.state_dict(), tmp_path / "infinite.safetensors", {"arguments": json.dumps(SMALL)})
+    with pytest.raises(ValueError, match=r"infinite.safetensors: outputs of its network are not finite"):
+        main([str(tmp_path / "infinite.safetensors"), str(tmp_path / "net.pt2")])
+    assert not (tmp_path / "net.pt2").exists()
 
 
 REFUSED = {
