@@ -358,8 +358,8 @@ def test_2d_nan_stays_behind_the_recurrence(make_2d, outputs_and_gradients, devi
 
 
 @pytest.mark.parametrize("device, repeats", on_devices([2], [5]))
+@pytest.mark.usefixtures("as_users_run")
 def test_the_same_inputs_give_the_same_bits(operator, outputs_and_gradients, device, repeats):
-    torch.use_deterministic_algorithms(False)  # as users have it
     scan, arguments = operator
     expected = outputs_and_gradients(scan, arguments)
     for _ in range(repeats - 1):
