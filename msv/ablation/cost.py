@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from msv.ablation.config import canonical, get_path
@@ -14,6 +14,7 @@ from msv.ablation.grid import Run
 from msv.ablation.records import RECORD_NAME, read_record
 from msv.experiment import ExperimentCLI
 from msv.profiling import count
+from msv.profiling.devices import without_weights
 from msv.provenance import device_name
 
 # A training step runs the network forward, and backward through activations and weights.
@@ -81,8 +82,7 @@ def _cost(config: Mapping[str, Any], known: dict[str, int], seconds_an_epoch: Se
         if section not in known:
             known[section] = len(data.splits.train)
         images = known[section]
-        with torch.device("meta"):
-            network = model.network_factory(data.in_chans, data.num_classes)
+        network = without_weights(partial(model.network_factory, data.in_chans, data.num_classes))
         counts = count(network, data.in_chans, data.image_size)
     except Exception:  # what is wrong with a cell is told by the checks before it trains, with its name
         return None

@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from msv.data.image_folder import FolderImages
 from msv.kept import Kept, Row, place
 from msv.models import PRESETS
+from msv.profiling.devices import without_weights
 from msv.provenance import names_code
 from msv.tasks.checkpoint import load_pretrained
 
@@ -187,9 +188,7 @@ def validation_images(root: Path, transform: Callable[[Any], Tensor]) -> FolderI
 
 def data_config(model: str) -> dict[str, Any]:
     """How images are prepared for a model: what timm has of its weights, or the paper's 256 and centre crop of 224."""
-    with torch.device("meta"):
-        network = create(model)
-    return resolve_data_config(model=network)
+    return resolve_data_config(model=without_weights(lambda: create(model)))
 
 
 def evaluate(

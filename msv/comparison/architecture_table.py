@@ -11,6 +11,7 @@ from msv.ablation.markdown import pipe_table
 from msv.ablation.paper import TABLE_7, TABLE_7_COLUMNS
 from msv.models import MS2D, PRESETS, S6, MSVMamba
 from msv.models.layers import PatchMerging
+from msv.profiling.devices import without_weights
 
 from .pages import COMMAND, as_csv, page
 from .systems import MODELS, counts, create
@@ -53,8 +54,7 @@ def table_7(models: Sequence[str] = OURS) -> list[Layer]:
 
 def _describe(model: str) -> dict[str, tuple[str, str]]:
     """Row's name -> output size and what stands there."""
-    with torch.device("meta"):
-        network = create(model)
+    network = without_weights(lambda: create(model))
     if not isinstance(network, MSVMamba):
         raise ValueError(f"{model} is no network of this project; expected one of {', '.join(PRESETS)}")
     sizes: dict[nn.Module, str] = {}

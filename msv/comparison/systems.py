@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import nn
 
 from msv.ablation.config import nearest
 from msv.ablation.paper import TABLE_1, TABLE_6, ComparisonRow
 from msv.models import PRESETS
 from msv.profiling import Counts, count, networks
+from msv.profiling.devices import without_weights
 
 REFERENCE = "vmamba_tiny"
 """The model that throughput is told in multiples of, as the paper's text does."""
@@ -127,6 +127,4 @@ def create(model: str, image_size: int = 224) -> nn.Module:
 @cache
 def counts(model: str, image_size: int = 224) -> Counts:
     """Parameters and FLOPs of a model of `MODELS` for one image with 1000 classes; no memory is filled for it."""
-    with torch.device("meta"):
-        network = create(model, image_size)
-    return count(network, image_size=image_size)
+    return count(without_weights(lambda: create(model, image_size)), image_size=image_size)

@@ -10,6 +10,7 @@ from msv.models import TimmModel
 from msv.provenance import environment
 
 from .counts import Counts, count
+from .devices import without_weights
 from .timing import nbytes, peak_memory
 
 Factory = Callable[[int, int], nn.Module]
@@ -83,7 +84,7 @@ def profile_model(
     """
     factory = TimmModel(model) if isinstance(model, str) else model
     height, width = (size, size) if isinstance(size, int) else size
-    network = _without_weights(factory, in_chans, num_classes)
+    network = without_weights(lambda: factory(in_chans, num_classes))
     try:
         counts = count(network, in_chans, (height, width))
     except (AssertionError, RuntimeError) as error:  # what other people's models say to an image they do not take
@@ -128,14 +129,6 @@ def training_memory(
         ) from error
     there = nbytes(*network.parameters(), *network.buffers(), images)
     return Memory(peak + there, shape[0], str(environment("cuda" if where.type == "cuda" else "cpu")["device"]))
-
-
-def _without_weights(factory: Factory, in_chans: int, num_classes: int) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return factory(in_chans, num_classes)
-    except (NotImplementedError, RuntimeError):  # some of timm's models compute with values while they are built
-        return factory(in_chans, num_classes)
 
 
 def _first_line(error: BaseException) -> str:
