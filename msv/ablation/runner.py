@@ -83,13 +83,15 @@ def run_grid(cli: ExperimentCLI) -> int:
         Workers.prepare()
     runs = resolve_all(cli, grid)
     chosen = selected(grid, runs)
-    if grid.dry_run:
-        for number, run in enumerate(chosen, start=1):
-            console.print(f"cell {number}/{len(chosen)} {title(run)} ({_state(run)}) in {run.folder}")
-            console.print(f"  {cell_command(cli.words, run)}", style="dim")
-        _tell_cost(console, grid, [run for run in chosen if _is_due(grid, run)])
-        return 0
     todo = [run for run in chosen if _is_due(grid, run)]
+    if grid.dry_run:
+        twins = {} if grid.rerun == "all" else find_twins(todo)
+        for number, run in enumerate(chosen, start=1):
+            state = "to be taken over from another grid" if run.folder in twins else _state(run)
+            console.print(f"cell {number}/{len(chosen)} {title(run)} ({state}) in {run.folder}")
+            console.print(f"  {cell_command(cli.words, run)}", style="dim")
+        _tell_cost(console, grid, [run for run in todo if run.folder not in twins])
+        return 0
     check_runs(todo, fresh=grid.rerun == "all", workers=grid.workers)
     if grid.rerun != "all":
         check_same_data([run for run in chosen if (run.folder / RECORD_NAME).is_file()])
@@ -258,9 +260,9 @@ def _skip(console: Console, run: Run, number: int, tally: Tally) -> None:
     console.print(f"cell {number}/{tally.total} {title(run)}: {state}, skipped")
     if state == "done":
         tally.done += 1
-        seconds = (read_record(run.folder / RECORD_NAME).get("timing") or {}).get("train_seconds")
-        if seconds:
-            tally.seconds += seconds
+        timing = read_record(run.folder / RECORD_NAME).get("timing") or {}
+        if timing.get("train_seconds") and timing.get("workers", 1) == tally.workers:
+            tally.seconds += timing["train_seconds"]
             tally.timed += 1
     elif state == "failed":
         tally.failed += 1

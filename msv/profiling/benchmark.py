@@ -83,13 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return found.status
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The kept rows of `scan_cuda.csv` or `scan_cpu.csv` as a page, with the bars; nothing is measured anew."""
-    if rows and "name" in rows[0]:
-        return page("The scan", rows, scan_gpu.table, _with_bars)
-    return page("The scan", rows, scan_cpu.table, scan_cpu.verdicts)
-
-
 def _with_bars(rows: Sequence[Row]) -> list[str]:
     return [*scan_gpu.notes(rows), *scan_gpu_bars.verdicts(rows)]
 

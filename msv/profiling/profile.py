@@ -11,6 +11,7 @@ from msv.provenance import environment
 
 from .counts import Counts, count
 from .devices import without_weights
+from .measuring import is_out_of_memory
 from .timing import nbytes, peak_memory
 
 Factory = Callable[[int, int], nn.Module]
@@ -122,7 +123,7 @@ def training_memory(
 
         peak = peak_memory(step, where)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             f"a batch of {shape[0]} images does not fit into the memory of this machine; use a smaller one"

@@ -184,7 +184,7 @@ def _check_run(path: Path, folder: Path, run: PurePosixPath) -> None:
         raise ValueError(f"{path}: {run} is {record['status']}, expected a finished run; finish it, then pack again")
     try:
         config = yaml.safe_load((folder / run / CONFIG_NAME).read_text(encoding="utf-8"))
-        counted = config_hash(config)
+        counted = config_hash(config, record.get("tested", True))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: {run}/{CONFIG_NAME} is no config of a run; pack the run again") from error
     if counted != digest:

@@ -20,6 +20,7 @@ from msv.kept import Filter, Kept, Row, every, here, number, place
 from msv.kernels import Backend
 from msv.models import MSVMamba, load_published
 from msv.models.published import infer_arguments
+from msv.profiling.devices import chosen_device
 
 FOLDER = Path(__file__).parents[2] / "tests" / "goldens"
 COMMAND = "python cli.py goldens"
@@ -65,9 +66,7 @@ def main(argv: Sequence[str]) -> int:
         OSError: a file cannot be written.
     """
     options = _parser().parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no GPU here; use --device cpu")
-    device = torch.device(options.device)
+    device = chosen_device(options.device)
     files = sorted(options.goldens.glob("*.pt"))
     if not files:
         raise FileNotFoundError(f"no *.pt in {options.goldens}; expected the goldens of a checkout, tests/goldens")
@@ -79,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
             rows += [kept.put({**row, "command": command}, where) for row in compare(file, device, backend)]
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     console.print(render(rows))
-    write_atomic(page_path(options.out), render(kept.read()))
-    console.print(f"wrote {kept.path} and {page_path(options.out)}")
+    written = [kept.path, *write_page(options.out)]
+    console.print(f"wrote {' and '.join(map(str, written))}")
     return int(not all(map(agrees, rows)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from msv.profiling.measuring import FAILED
+from msv.kept import FAILED
 from msv.publishing.guard import commit_problem
 
 TIMED = "benchmarks"

@@ -3,7 +3,8 @@
 import argparse
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ from msv.ablation.cell import CONFIG_NAME, run_lock
 from msv.ablation.config import config_hash
 from msv.ablation.grid import GRID_FILE, check_results_root, read_grid_file, with_seed
 from msv.ablation.records import RECORD_NAME, read_record
+from msv.experiment import LAST
 from msv.files import write_atomic
 from msv.publishing.archive import read_archive
 
@@ -27,11 +29,13 @@ class Unpacked:
     Args:
         new: runs that were put in place.
         there: runs that were there already, with the same record.
+        completed: of those, runs that had no checkpoint, and have the archive's now.
         unlisted: runs, new or there, that the grid's table does not show: the grid has other cells here.
     """
 
     new: list[str] = field(default_factory=list)
     there: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
 
 
@@ -59,6 +63,9 @@ def unpack(path: Path, results: Path) -> Unpacked:
             (done.there if _is_there(path, scratch / run, results / run) else done.new).append(str(run))
         for name in done.new:
             _put(path, scratch / name, results / name)
+        for name in done.there:
+            if _complete(path, scratch / name / LAST, results / name / LAST):
+                done.completed.append(name)
         for folder in sorted({run.parent.parent for run in runs}):
             done.unlisted += _list(scratch, results, folder, [run for run in runs if run.parent.parent == folder])
     finally:
@@ -81,13 +88,28 @@ def _is_there(path: Path, source: Path, target: Path) -> bool:
 
 def _put(path: Path, source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path, target):
+        if target.exists():  # made since it was looked for
+            raise ValueError(f"{path}: {target} has come into being meanwhile; unpack again")
+        source.rename(target)
+
+
+def _complete(path: Path, source: Path, target: Path) -> bool:
+    """Give a run that is there the archive's checkpoint, if it has none."""
+    if target.exists() or not source.is_file():
+        return False
+    with _locked(path, target.parent):
+        source.rename(target)
+    return True
+
+
+@contextmanager
+def _locked(path: Path, run: Path) -> Iterator[None]:
     try:
-        with run_lock(target).acquire(timeout=0):
-            if target.exists():  # made since it was looked for
-                raise ValueError(f"{path}: {target} has come into being meanwhile; unpack again")
-            source.rename(target)
+        with run_lock(run).acquire(timeout=0):
+            yield
     except Timeout:
-        raise ValueError(f"{path}: {target} is being trained; wait for it or stop it, then unpack again") from None
+        raise ValueError(f"{path}: {run} is being trained; wait for it or stop it, then unpack again") from None
 
 
 def _list(scratch: Path, results: Path, folder: PurePosixPath, runs: Sequence[PurePosixPath]) -> list[str]:
@@ -105,7 +127,7 @@ def _list(scratch: Path, results: Path, folder: PurePosixPath, runs: Sequence[Pu
             record = read_record(results / run / RECORD_NAME)
             listed = content["cells"].get(record["cell"], {"runs": {}})["runs"]
             config = yaml.safe_load((results / run / CONFIG_NAME).read_text(encoding="utf-8"))
-            if _same_cell(config, listed):
+            if _same_cell(config, listed, record.get("tested", True)):
                 listed[record["seed"]] = record["config_hash"]
             else:
                 unlisted.append(str(run))
@@ -115,9 +137,9 @@ def _list(scratch: Path, results: Path, folder: PurePosixPath, runs: Sequence[Pu
     return unlisted
 
 
-def _same_cell(config: dict[str, Any], listed: dict[int, str]) -> bool:
+def _same_cell(config: dict[str, Any], listed: dict[int, str], tested: bool) -> bool:
     """Whether a run's config is, but for the seed, that of a cell's listed runs."""
-    return any(config_hash(with_seed(config, seed)) == digest for seed, digest in listed.items())
+    return any(config_hash(with_seed(config, seed), tested) == digest for seed, digest in listed.items())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,6 +169,8 @@ def main(argv: Sequence[str]) -> int:
     for path in arguments.archives:
         done = unpack(path, arguments.results)
         console.print(f"{path}: {len(done.new)} runs unpacked to {arguments.results}, {len(done.there)} there already")
+        if done.completed:
+            console.print(f"  checkpoints added to {len(done.completed)} of those there")
         for run in done.unlisted:
             console.print(f"  not in the grid's table, whose cells are others here: {run}")
     return 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from msv.files import EXPERIMENTS
 from msv.kept import ENVIRONMENT, Kept
 from msv.models import MSVMamba, mixers
-from msv.profiling import benchmark, mamba_cuda, scan_cpu, scan_gpu
+from msv.profiling import benchmark, commands, mamba_cuda, scan_cpu, scan_gpu, scan_gpu_bars
 from msv.profiling.scan_call import Call
 from msv.profiling.scan_cpu_cases import MAPS, SEQUENCES, cases, record_scans
 
@@ -215,11 +215,12 @@ def test_a_new_row_takes_the_place_of_one_published_row(tmp_path, where, name, c
 
 
 @pytest.mark.parametrize(
-    ("name", "columns", "rows"), [("scan_cuda", scan_gpu.COLUMNS, 39), ("scan_cpu", scan_cpu.COLUMNS, 6)]
+    ("name", "of", "bars", "rows"),
+    [("scan_cuda", scan_gpu, scan_gpu_bars.verdicts, 39), ("scan_cpu", scan_cpu, scan_cpu.verdicts, 6)],
 )
-def test_kept_rows_are_a_page(name, columns, rows):
-    kept = Kept(PUBLISHED / f"{name}.csv", columns, ()).read()
-    page = benchmark.markdown(kept)
+def test_kept_rows_are_a_page(name, of, bars, rows):
+    kept = Kept(PUBLISHED / f"{name}.csv", of.COLUMNS, ()).read()
+    page = commands.page("The scan", kept, of.table, bars)
     assert f"## {kept[0]['device']}, commit {kept[0]['commit']}" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert len(lines) >= 2 + rows

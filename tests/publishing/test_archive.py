@@ -17,10 +17,10 @@ from msv.publishing.unpack import main, unpack
 LR = "model.init_args.lr"
 
 
-def train(results, cells, seeds=(0,), top1=0.5, status="done", lr=1.0):
+def train(results, cells, seeds=(0,), top1=0.5, status="done", lr=1.0, test=True):
     """Write what a grid leaves: cells (name -> lr) with some seeds; returns its folder."""
     grid = Grid("g", cells={name: {LR: lr * value} for name, value in cells.items()}, seeds=list(seeds),
-                results=str(results), recipe="quick")  # fmt: skip
+                results=str(results), recipe="quick", test=test)  # fmt: skip
     runs = resolve_runs(grid, {"seed_everything": 0, "model": {"init_args": {"lr": 0.0}}})
     write_grid_file(grid, runs, "python cli.py fit --config experiments/g.yaml")
     for run in runs:
@@ -30,7 +30,8 @@ def train(results, cells, seeds=(0,), top1=0.5, status="done", lr=1.0):
         (run.folder / "events.out.tfevents.1.host.2.0").write_bytes(b"events")
         record = {
             "grid": "g", "recipe": "quick", "cell": run.cell.name, "seed": run.seed, "config_hash": run.config_hash,
-            "status": status, "metrics": {"test_top1": top1 + 0.01 * run.seed}, "history": [], "toggles": {},
+            "status": status, "metrics": {f"{'test' if test else 'val'}_top1": top1 + 0.01 * run.seed}, "history": [],
+            "toggles": {}, **({} if test else {"tested": False}),
         }  # fmt: skip
         write_record(run.folder / "record.json", record)
     return results / "g" / "quick"
@@ -84,6 +85,24 @@ def test_finished_runs_travel_whole(packed, tmp_path):
     assert (again.new, len(again.there)) == ([], 2)
     assert tree(results) == before
     assert [child.name for child in results.iterdir()] == ["g"]
+
+
+def test_validated_runs_travel_too(tmp_path):
+    folder = train(tmp_path / "there", {"a": 1.0}, test=False)
+    pack([folder], tmp_path / "there", tmp_path / "study.zip")
+    train(tmp_path / "here", {"a": 1.0}, seeds=(1,), test=False)
+    done = unpack(tmp_path / "study.zip", tmp_path / "here")
+    assert (len(done.new), done.unlisted) == (1, [])
+    assert make_table(tmp_path / "here/g/quick").csv.read_text().count("\n") == 2
+
+
+def test_checkpoints_are_added_to_runs_that_are_there(packed, tmp_path, capsys):
+    folder, path = packed
+    unpack(path, tmp_path / "here")
+    pack([folder], tmp_path / "there", tmp_path / "whole.zip", checkpoints=True)
+    assert main([str(tmp_path / "whole.zip"), "--results", str(tmp_path / "here")]) == 0
+    assert "checkpoints added to 2 of those there" in capsys.readouterr().out
+    assert {name for name in tree(folder) if name not in tree(tmp_path / "here/g/quick")} == set()
 
 
 def test_the_same_runs_are_the_same_bytes_and_checkpoints_go_if_asked(packed, tmp_path):
