@@ -12,28 +12,13 @@ from torch import Tensor
 
 from msv.kernels import Activation, Backend, depthwise_conv
 
-from .measuring import NamedCase
-from .operators import MAPS, QUICK_MAPS, Benchmark
+from .operators import MAPS, QUICK_MAPS, Benchmark, MapCase
 from .scan_call import Call, Columns, dtype_name, leaves
 
 
 @dataclass(frozen=True)
-class Case(NamedCase):
-    """A convolution of the network.
-
-    Attributes:
-        kind: of `KINDS`.
-        shape: of the map, (B, H, W, C).
-        dtype: of the map; weights are float32.
-    """
-
-    kind: str
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} {'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
+class Case(MapCase):
+    """A convolution of the network; its weights are float32."""
 
     @property
     def moved_bytes(self) -> tuple[int, int]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from msv.kernels import Backend, gate, merge_routes
 
-from .measuring import NamedCase
-from .operators import MAPS, QUICK_MAPS, Benchmark
+from .operators import MAPS, QUICK_MAPS, Benchmark, MapCase
 from .scan_call import Call, Columns, dtype_name, leaves
 
 
@@ -37,22 +36,8 @@ KINDS = {"1/3 SE": Kind(1, 3, True), "4/0": Kind(4, 0, False), "0/4 SE": Kind(0,
 
 
 @dataclass(frozen=True)
-class Case(NamedCase):
-    """A mixer's merge and gate.
-
-    Attributes:
-        kind: of `KINDS`.
-        shape: of the map, (B, H, W, D).
-        dtype: of the maps; norms are float32.
-    """
-
-    kind: str
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} {'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
+class Case(MapCase):
+    """A mixer's merge and gate; its norms are float32."""
 
     @property
     def half_shape(self) -> tuple[int, int, int, int]:

@@ -5,10 +5,11 @@ on a map.
 """
 
 import argparse
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -29,7 +30,8 @@ from .commands import (
     say,
     wide_console,
 )
-from .scan_call import Call
+from .measuring import NamedCase
+from .scan_call import Call, dtype_name
 from .timing import Work, torch_threads
 
 WAYS = ("forward", "forward_backward")
@@ -43,23 +45,32 @@ MAPS = (*((128, 56 >> stage, 56 >> stage, 192 << stage) for stage in range(4)), 
 """Of msvmamba_tiny's four stages, of one image, and of images of 1024×1024 pixels: (B, H, W, D)."""
 
 
-class Case(Protocol):
-    """What is timed: a `NamedCase` of an operator.
+@dataclass(frozen=True)
+class MapCase(NamedCase):
+    """What is timed: an operator on a map.
 
-    `moved_bytes` are those of a forward, and with the backward; `call` makes it on tensors of its own, the same for
-    every backend.
+    Attributes:
+        kind: which of the operator's.
+        shape: of the map, (B, H, W, D).
+        dtype: of the map.
     """
 
-    @property
-    def name(self) -> str: ...
+    kind: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype = torch.bfloat16
 
     @property
-    def columns(self) -> dict[str, str]: ...
+    def name(self) -> str:
+        return f"{self.kind} {'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
 
     @property
-    def moved_bytes(self) -> tuple[int, int]: ...
+    @abstractmethod
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes to move at least, of a forward, and with the backward."""
 
-    def call(self, device: torch.device, backend: Backend) -> Call: ...
+    @abstractmethod
+    def call(self, device: torch.device, backend: Backend) -> Call:
+        """The operator on tensors of its own, the same for every backend."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,8 @@ class Benchmark:
 
     name: str
     description: str
-    cases: Sequence[Case]
-    quick_cases: Sequence[Case]
+    cases: Sequence[MapCase]
+    quick_cases: Sequence[MapCase]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -143,7 +154,7 @@ class Benchmark:
         return made
 
 
-def measure_case(case: Case, device: torch.device, quick: bool) -> dict[str, Any]:
+def measure_case(case: MapCase, device: torch.device, quick: bool) -> dict[str, Any]:
     """Times one case; returns its columns."""
     sets = 1 if quick else min(8, -(-BATCH_BYTES // case.moved_bytes[0]))
     works: dict[str, list[Work]] = {}
