@@ -38,7 +38,8 @@ def pixel_stride(x: Tensor) -> int:
     """How many elements neighbouring pixels of a map (B, H, W, C) are apart.
 
     Where it has one column those below each other are neighbours, where it has one row, too, those of two images: a
-    dimension of one has a stride that says nothing.
+    dimension of one has a stride that says little. A single pixel's is taken, so that half of a map looks like half of
+    a larger one, for which kernels are compiled already.
     """
     apart = [stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
-    return apart[-1] if apart else x.shape[3]
+    return apart[-1] if apart else max(x.stride(2), x.shape[3])

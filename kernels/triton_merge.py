@@ -78,11 +78,20 @@ def load_channels(channel_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_sums(channel_ptr, sums, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks (P, BLOCK) summed over pixels, a value for each channel."""
-    c = tl.arange(0, BLOCK)
+def store_channels(channel_ptr, blocks, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse of `load_channels`."""
+    c = tl.arange(0, BLOCK)[None, :]
     for k in tl.static_range((D + BLOCK - 1) // BLOCK):
-        tl.store(channel_ptr + k * BLOCK + c, tl.sum(sums[k], axis=0), mask=k * BLOCK + c < D)
+        tl.store(channel_ptr + k * BLOCK + c, blocks[k], mask=k * BLOCK + c < D)
+
+
+@triton.jit
+def over_pixels(blocks, COUNT: tl.constexpr):
+    """Blocks (P, BLOCK) summed over pixels, (1, BLOCK)."""
+    found = ()
+    for k in tl.static_range(COUNT):
+        found = found + (tl.sum(blocks[k], axis=0)[None, :],)
+    return found
 
 
 @triton.jit
@@ -290,7 +299,7 @@ def normalise(
         if MEANS:
             sums = add_scaled(sums, out, inside.to(tl.float32)[:, None], 0, COUNT)
     if MEANS:
-        store_sums(part_ptr + pid.to(tl.int64) * D, sums, D, BLOCK)
+        store_channels(part_ptr + pid.to(tl.int64) * D, over_pixels(sums, COUNT), D, BLOCK)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -338,6 +347,7 @@ def normalise_back(
         mean = load_channels(mean_ptr + b * D, D, BLOCK)
     dweight = zeros(COUNT, P, BLOCK)
     dbias = zeros(COUNT, P, BLOCK)
+    means_in = tl.zeros((P,), tl.float32)[:, None]
     for tile in range(tiles):
         pixel = first + tile * P + tl.arange(0, P)
         inside = pixel < pixels
@@ -352,9 +362,11 @@ def normalise_back(
         for route in tl.static_range(K):
             ys = ys + load_blocks(y_ptr + route * pixels.to(tl.int64) * D + at, inside, D, BLOCK)
         gs = scaled(dout, 1.0, 0, COUNT)
-        if MEANS:
-            gs = add_scaled(gs, mean, tl.where(inside[:, None], weights, 0.0), 0, COUNT)
         dbias = add_scaled(dbias, gs, K * 1.0, 0, COUNT)
+        if MEANS:
+            weights = tl.where(inside[:, None], weights, 0.0)
+            gs = add_scaled(gs, mean, weights, 0, COUNT)
+            means_in += weights
         level = over_channels(gs, weight, COUNT) * (1.0 / D)
         for route in tl.static_range(K):
             normal, rstd = standardise(ys, route * COUNT, eps, D, BLOCK)
@@ -369,9 +381,14 @@ def normalise_back(
                 dys = dys + ((gs[k] * weight[k] - level - normal[k] * slope) * rstd,)
             dweight = added
             store_blocks(dy_ptr + route * pixels.to(tl.int64) * D + at, inside, dys, D, BLOCK)
+    dbias = over_pixels(dbias, COUNT)
+    if MEANS:
+        # It is small beside the gradients of pixels: added to each, or to a lane's sum, it would be rounded, and where
+        # those are of 16 bits mostly one way.
+        dbias = add_scaled(dbias, mean, tl.sum(means_in) * K, 0, COUNT)
     part_ptr += pid.to(tl.int64) * 2 * D
-    store_sums(part_ptr, dweight, D, BLOCK)
-    store_sums(part_ptr + D, dbias, D, BLOCK)
+    store_channels(part_ptr, over_pixels(dweight, COUNT), D, BLOCK)
+    store_channels(part_ptr + D, dbias, D, BLOCK)
 
 
 @triton.jit
