@@ -31,7 +31,7 @@ _TRAINER_LEFT_OUT = frozenset(
 _DATA_LEFT_OUT = frozenset(
     {"root", "download", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "predict_paths"}
 )
-_MODEL_LEFT_OUT = frozenset({"compile"})
+_MODEL_LEFT_OUT = frozenset({"compile", "cuda_graphs"})
 # Options of the network that came later, with what it did before: runs from then are still the same.
 _CAME_LATER = {"recurrence": True}
 # Callbacks that watch a run or save it; any other may change what is trained, and counts.

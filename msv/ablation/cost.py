@@ -20,7 +20,10 @@ from msv.provenance import device_name
 # A training step runs the network forward, and backward through activations and weights.
 PASSES = 3
 # What a run's speed depends on, of its config, beside the network and the data.
-_SPEED = ("trainer.precision", "model.init_args.global_batch_size", "model.init_args.compile")
+_SPEED = (
+    "trainer.precision",
+    *(f"model.init_args.{name}" for name in ("global_batch_size", "compile", "cuda_graphs")),
+)
 _LIMITS = ("trainer.limit_train_batches", "trainer.limit_val_batches")
 # Of the data's settings, those that a run's speed does not depend on.
 _ELSEWHERE = frozenset({"root", "download", "seed", "predict_paths"})

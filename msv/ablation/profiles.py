@@ -15,7 +15,7 @@ from msv.models import PRESETS
 from msv.models.network import MIN_SIZE
 from msv.profiling import profile_model
 from msv.profiling.devices import DEVICES
-from msv.profiling.steps import MODES, PRECISIONS
+from msv.profiling.steps import MODES, MODES_TOLD, PRECISIONS
 
 # What the paper's counts are of: channels, height and width, classes.
 PAPER_SETTING = (3, (224, 224), 1000)
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "and show how the time falls to families of kernels",
     )
     traced.add_argument("--inference", action="store_true", help="a forward in evaluation mode instead")
-    traced.add_argument("--mode", choices=tuple(MODES), help="default: eager; graphs: compiled, with CUDA graphs")
+    traced.add_argument("--mode", choices=MODES, help=f"default: eager; {MODES_TOLD}")
     traced.add_argument("--precision", choices=tuple(PRECISIONS), help="default: bf16; on a CPU float32")
     traced.add_argument("--device", choices=DEVICES, help="default: auto, a GPU if there is one")
     traced.add_argument("--steps", type=int, metavar="N", help="steps that are profiled (default: 3)")

@@ -167,7 +167,10 @@ def fit_seconds(case: Case, device: torch.device) -> float:
     stopwatch = Stopwatch(WARMUP, WARMUP + case.steps)
     data = RandomImages(WARMUP + case.steps + 1, case.batch, case.size)
     model = Classification(
-        lambda in_chans, classes: networks.create(case.model, case.size), CLASSES, compile=case.mode == "compiled"
+        lambda in_chans, classes: networks.create(case.model, case.size),
+        CLASSES,
+        compile="compiled" in case.mode,
+        cuda_graphs="graphs" in case.mode,
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -208,6 +211,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="their side (default: 224 64; on a CPU 32)")
     parser.add_argument("--steps", type=int, metavar="N", help="of a round (default: 50)")
     parser.add_argument("--rounds", type=int, metavar="N", help="of both, in turns (default: 5)")
-    add_ways(parser, ("eager", "compiled"))
+    add_ways(parser)
     add_options(parser)
     return parser

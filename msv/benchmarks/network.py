@@ -96,8 +96,8 @@ def markdown(rows: Sequence[Row]) -> str:
         ("img/s, ms", "measured here: images a second, and milliseconds of a step, at the median time of a training "
          "step (autocast in the precision named, cross-entropy, fused AdamW) or of a forward (weights and images in "
          "it), of random images that lie on the device already; compilation is not timed"),
-        ("mode", "`compiled` by `torch.compile` with its defaults; `graphs`: that with CUDA graphs, whose memory is "
-         "not measured"),
+        ("mode", "`graphs`: captured in CUDA graphs, whose memory is not measured; `compiled`: by `torch.compile` with "
+         "its defaults; `compiled-graphs`: both"),
         ("GiB", "measured here: the most of tensors alive at once in a step, weights and AdamW's averages included"),
         ("× VMamba-T", "images a second over `vmamba_tiny`'s of the same task, mode, precision, batch, size and place"),
         ("paper", "the same ratio in Table 6 of arXiv 2405.14174"),

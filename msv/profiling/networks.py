@@ -103,7 +103,7 @@ def measure_step(case: Case, device: torch.device, effort: Effort, rival: str | 
         "step_min_ms": 1e3 * own.minimum,
         "turns": own.turns,
     }
-    if case.mode != "graphs":
+    if "graphs" not in case.mode:
         row["peak_bytes"] = step.held_bytes + peak_memory(step.work, device)
     if rival is not None:
         row |= {"rival": rival, "rival_ms": 1e3 * times[rival].median, "ratio": own.median / times[rival].median}

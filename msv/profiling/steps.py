@@ -2,18 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msv.models.capture import capture_inference, capture_training
+
 from .timing import Work, nbytes
 
 TASKS = ("inference", "training")
 PRECISIONS = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
-"""Ways to run a network: as it is, by `torch.compile` with its defaults, and that with CUDA graphs."""
+MODES = ("eager", "graphs", "compiled", "compiled-graphs")
+"""Ways to run a network: as it is; captured in CUDA graphs; by `torch.compile` with its defaults; and both."""
+MODES_TOLD = "graphs: captured in CUDA graphs; compiled: by torch.compile; compiled-graphs: both"
+"""The same, for the help of options."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,11 @@ def random_step(
         precision: of `PRECISIONS`: of weights and images in inference; in training that of autocast.
 
     Raises:
-        ValueError: training in fp16, whose gradients vanish unless the loss is scaled.
+        ValueError: training in fp16, whose gradients vanish unless the loss is scaled; or CUDA graphs without a GPU.
     """
     device, dtype = next(network.parameters()).device, PRECISIONS[precision]
+    if mode == "graphs" and device.type != "cuda":
+        raise ValueError(f"mode graphs: a {device.type} has no CUDA graphs; expected eager or compiled there")
     if task == "inference":
         return inference_step(network.to(dtype), torch.randn(shape, device=device, dtype=dtype), mode)
     if dtype is torch.float16:
@@ -63,7 +70,8 @@ def inference_step(network: nn.Module, images: Tensor, mode: str = "eager") -> S
         images: (B, C, H, W), in the same.
         mode: of `MODES`.
     """
-    forward = _run_as(network.eval(), mode)
+    network.eval()
+    forward = capture_inference(network, images) if mode == "graphs" else _run_as(network, mode)
 
     @torch.inference_mode()
     def work() -> object:
@@ -88,9 +96,13 @@ def training_step(
 
     forward = _run_as(network.train(), mode)
     optimizer = adamw(network)
+    precision = partial(torch.autocast, images.device.type, autocast, enabled=autocast is not None)
+    if mode == "graphs":
+        with precision():
+            capture_training(network, images)
 
     def work() -> None:
-        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        with precision():
             loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
@@ -101,5 +113,6 @@ def training_step(
 
 
 def _run_as(network: nn.Module, mode: str) -> Callable[..., Any]:
-    options = MODES[mode]
-    return network if options is None else torch.compile(network, **options)
+    if mode in ("eager", "graphs"):
+        return network
+    return torch.compile(network, mode="reduce-overhead") if mode == "compiled-graphs" else torch.compile(network)

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from msv.models import TimmModel
+from msv.models.capture import capture_training, release
 from msv.tasks.checkpoint import check_architecture, load_pretrained
 from msv.tasks.finite import FiniteLatch
 from msv.tasks.optimizer import adamw
@@ -56,6 +57,8 @@ class Classification(pl.LightningModule):
         mixup_switch_prob: Probability of cutmix when both are on.
         compile: Whether the network runs compiled, by torch.compile with its defaults. Names in checkpoints, and which
             run a grid takes for the same, are as without.
+        cuda_graphs: Whether training replays the network's forward and backward as CUDA graphs, on one GPU: for small
+            networks and slow hosts, whose launches take longer than the kernels. Names and runs are as without.
 
     Raises:
         ValueError: A value outside its range, or pretrained weights that do not fit the network.
@@ -84,6 +87,7 @@ class Classification(pl.LightningModule):
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
         compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -122,8 +126,9 @@ class Classification(pl.LightningModule):
             self.network = network(in_chans, num_classes)
         self.network_factory = network
         self.head_left_out = pretrained is not None and load_pretrained(self.network, pretrained, drop_head)
-        if compile:
-            self.network.compile()  # in place, so that the module and its names stay
+        if compile:  # in place, so that the module and its names stay
+            self.network.compile(mode="reduce-overhead" if cuda_graphs else None)
+        self.compiled, self.cuda_graphs, self._captured = compile, cuda_graphs, False
         self.mix = self.configure_mixup()
         self.train_loss = self.configure_loss()
         self.eval_loss = nn.CrossEntropyLoss()
@@ -208,6 +213,15 @@ class Classification(pl.LightningModule):
             # The incomplete last global batch is dropped, as the incomplete batches of one device are.
             trainer.limit_train_batches = batches - batches % count
 
+    def on_fit_start(self) -> None:
+        """Refuse what cannot be captured, now that it is known how many batches make a step."""
+        self._check_capture(self.trainer)
+
+    def on_fit_end(self) -> None:
+        """Give up what was captured."""
+        release(self.network)
+        self._captured = False
+
     def actual_batch_size(self) -> int:
         """Images of one optimizer step over all devices."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -221,6 +235,7 @@ class Classification(pl.LightningModule):
         """Raise a ValueError for what cannot be trained with this trainer and data, before anything is."""
         check_epochs(trainer.max_epochs, self.warmup_epochs)
         check_mixing(self.mix, data.batch_size)
+        self._check_capture(trainer)
         if self.global_batch_size is not None:
             accumulation(self.global_batch_size, data.batch_size, trainer.world_size)
             check_accumulation_free(trainer.accumulate_grad_batches, None, self.global_batch_size)
@@ -258,6 +273,9 @@ class Classification(pl.LightningModule):
         if self.mix is not None:
             check_mixing(self.mix, len(images))
             images, targets = self.mix(images, labels)
+        if self.cuda_graphs and not (self.compiled or self._captured):
+            capture_training(self.network, images)
+            self._captured = True
         loss = self.train_loss(self(images), targets)
         self.latch.update(self.global_step, loss, images)
         self._loss = loss.detach()
@@ -322,6 +340,29 @@ class Classification(pl.LightningModule):
         loss = self.eval_loss(logits, labels)
         self.log(f"{split}_loss", loss, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.log_dict(dict(metrics.items()), on_epoch=True, batch_size=len(images), prog_bar=split == "val")
+
+    def _check_capture(self, trainer: pl.Trainer) -> None:
+        if not self.cuda_graphs:
+            return
+        if trainer.strategy.root_device.type != "cuda":
+            raise ValueError(
+                f"model.cuda_graphs=true: a {trainer.strategy.root_device.type} has no CUDA graphs; set it to false, "
+                "or train on a GPU"
+            )
+        if self.compiled:
+            return  # torch.compile makes its own, and knows what it cannot capture
+        for what, number in (
+            ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches), ("devices", trainer.world_size)
+        ):  # fmt: skip
+            if number > 1:
+                raise ValueError(
+                    f"model.cuda_graphs=true beside {what}={number}: expected 1, since a step's gradients lie where "
+                    "those of the one before did; set model.compile=true too, or model.cuda_graphs=false"
+                )
+        if any(getattr(module, "grad_checkpointing", False) for module in self.network.modules()):
+            raise ValueError(
+                "model.cuda_graphs=true beside grad_checkpointing=true, which cannot be captured; set one to false"
+            )
 
     def _can_fuse(self) -> bool:
         """Whether AdamW can run as one kernel; with a loss scaler it would unscale the gradients after clipping."""

@@ -97,11 +97,15 @@ def test_the_bar(share, word):
     assert told(row | {"fit_ms": "1", "step_ms": "1", "overhead": share}, quick=False).startswith(word)
 
 
-@pytest.mark.parametrize("mode", steps.MODES)
-def test_every_mode_compiles_as_torch_knows_it(mode, monkeypatch):
+@pytest.mark.parametrize(("mode", "options"), [("compiled", {}), ("compiled-graphs", {"mode": "reduce-overhead"})])
+def test_modes_compile_as_torch_knows_it(mode, options, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **options: (network, options))
-    found = steps._run_as("network", mode)
-    assert found == ("network" if mode == "eager" else ("network", steps.MODES[mode]))
+    assert steps._run_as("network", mode) == ("network", options)
+
+
+def test_no_cuda_graphs_without_a_gpu():
+    with pytest.raises(ValueError, match="mode graphs: a cpu has no CUDA graphs; expected eager or compiled there"):
+        steps.random_step(torch.nn.Linear(3, 2), (1, 3, 32, 32), 2, "inference", "graphs", "float32")
 
 
 def test_what_is_given_wins_over_quick():

@@ -120,8 +120,8 @@ def test_memory_is_that_of_a_row_whose_memory_is_known():
 
 def test_graphs_have_no_peak(monkeypatch):
     monkeypatch.setattr(networks, "create", lambda model, size: Means())
-    monkeypatch.setitem(steps.MODES, "graphs", None)
-    for mode in ("eager", "graphs"):
+    monkeypatch.setattr(steps, "_run_as", lambda network, mode: network)
+    for mode in ("eager", "compiled-graphs"):
         case = networks.Case("convnext_tiny", "inference", mode, "float32", 2, 32)
         found = networks.measure_case(case, torch.device("cpu"), networks.QUICK)
         assert ("peak_bytes" in found) == (mode == "eager")
