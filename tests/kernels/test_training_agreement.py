@@ -8,22 +8,19 @@ trainings from one seed stay together at first; and do trainings end at the same
 Without MSV_FASHION_ROOT, a folder of Fashion-MNIST's four files, it trains on scikit-learn's digits.
 """
 
-import copy
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
+import nano_training
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
-
-import msv.models  # noqa: F401  registers the presets
-from msv.data import Digits, FashionMNIST
+from nano_training import BATCH, LAST, STEPS, batches, data, final_loss, loss_of, make_network, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,91 +29,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deterministic"),
 ]
 
-DEVICE = "cuda"
 BACKEND = "triton"
-BATCH, STEPS, SEEDS = 64, 200, 5
+SEEDS = 5
 SAME_WEIGHTS_AT = (0, 50, 100, 200)
 TOGETHER = 50  # steps over which two trainings from one seed agree; later they part by chaos
-LAST = 20  # steps over which a final loss is the mean
-
-
-class Training(NamedTuple):
-    losses: list[float]
-    weights: dict[int, dict[str, torch.Tensor]]  # by step, where asked for
-
-    @property
-    def final(self):
-        return statistics.fmean(self.losses[-LAST:])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_arithmetic():
-    """TF32 off, and cuDNN and torch deterministic wherever they can be."""
-    precision, fill = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with nano_training.exact_arithmetic():
         yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory is poisoned in the kernels' own tests; here whole trainings run."""
-
-
-def data(seed):
-    root = os.environ.get("MSV_FASHION_ROOT")
-    if root:
-        return FashionMNIST(root, download=False, image_size=64, batch_size=BATCH, num_workers=0, seed=seed)
-    return Digits(image_size=32, batch_size=BATCH, seed=seed)
-
-
-def batches(seed):
-    """STEPS + 1 batches of a training, shuffled and augmented anew each epoch."""
-    module = data(seed)
-    module.setup("fit")
-    loader = module.train_dataloader()
-
-    def forever():
-        for epoch in itertools.count():
-            loader.sampler.set_epoch(epoch)
-            yield from loader
-
-    return [tuple(t.to(DEVICE) for t in batch) for batch in itertools.islice(forever(), STEPS + 1)]
-
-
-def make_network(backend, seed):
-    torch.manual_seed(seed)
-    return timm.create_model("msvmamba_nano", num_classes=10, in_chans=1, backend=backend).to(DEVICE).train()
-
-
-def loss_of(network, batch, step, precision=torch.float32):
-    """The loss of a step, whose dropped paths depend on the step alone."""
-    images, labels = batch
-    torch.manual_seed(step)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == torch.bfloat16):
-        return F.cross_entropy(network(images), labels)
-
-
-def train(backend, seed, precision=torch.float32, keep=()):
-    network = make_network(backend, seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-    losses, weights = [], {}
-    for step, batch in enumerate(batches(seed)):
-        if step in keep:
-            weights[step] = copy.deepcopy(network.state_dict())
-        if step == STEPS:
-            break
-        loss = loss_of(network, batch, step, precision)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return Training(torch.stack(losses).tolist(), weights)
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +112,20 @@ def test_trainings_from_one_seed_stay_together(trajectory, follower, summary):
 
 
 def test_final_losses_over_seeds(trajectory, follower, summary):
-    others = range(1, SEEDS)
+    """Trainings beside each other, since a host launches such small steps more slowly than a GPU runs them."""
+    known = {("parallel", torch.float32, 0): trajectory.final, (BACKEND, torch.float32, 0): follower.final}
+    kinds = (("parallel", torch.float32), (BACKEND, torch.float32), (BACKEND, torch.bfloat16))
+    spawn, workers = multiprocessing.get_context("spawn"), min(len(kinds) * SEEDS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, spawn) as pool:
+        started = {
+            (backend, precision, seed): pool.submit(final_loss, backend, seed, precision)
+            for (backend, precision), seed in itertools.product(kinds, range(SEEDS))
+            if (backend, precision, seed) not in known
+        }
+        known |= {which: training.result() for which, training in started.items()}
     finals = {
-        "parallel-float32": [run.final for run in (trajectory, *(train("parallel", seed) for seed in others))],
-        f"{BACKEND}-float32": [run.final for run in (follower, *(train(BACKEND, seed) for seed in others))],
-        f"{BACKEND}-bf16": [train(BACKEND, seed, torch.bfloat16).final for seed in range(SEEDS)],
+        f"{backend}-{str(precision).removeprefix('torch.')}": [known[backend, precision, seed] for seed in range(SEEDS)]
+        for backend, precision in kinds
     }
     found = summary["final_losses"] = {
         name: {
