@@ -49,11 +49,16 @@ def runs_triton(backend: str, x: Tensor, states: torch.dtype) -> bool:
     return backend == "triton" or (x.is_cuda and HAS_TRITON and states == torch.float32)
 
 
+def exporting() -> bool:
+    """Whether the call is traced for an export; `torch.compile` of torch 2.11 takes itself for one, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def settle_backend(backend: str, x: Tensor, states: torch.dtype) -> str:
     """As `check_backend`, with `auto` settled: `triton` where it can run, but `parallel` elsewhere and in an export."""
     if check_backend(backend, x, states) != "auto":
         return backend
-    return "triton" if runs_triton(backend, x, states) and not torch.compiler.is_exporting() else "parallel"
+    return "triton" if runs_triton(backend, x, states) and not exporting() else "parallel"
 
 
 def check_floating(**tensors: Tensor | None) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import Backend, check_floating, check_shape, settle_backend
+from .checks import Backend, check_floating, check_shape, exporting, settle_backend
 from .precision import outside_autocast, state_dtype
 
 Activation = Literal["none", "silu", "gelu"]
@@ -91,7 +91,7 @@ def parallel(x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: s
     """The same by torch's convolution."""
     size, channels = weight.shape[2], x.shape[3]
     dtype = x.dtype
-    if dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_exporting():
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and not exporting():
         reached = (stride * ((side - 1) // stride) for side in x.shape[1:3])  # the last row and column of outputs
         if min(reached) < size // 2:
             # Some weights meet no pixel; of those in bf16 oneDNN returns gradients of whatever memory holds.

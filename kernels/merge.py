@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Backend, check_floating, check_shape, settle_backend
+from .checks import Backend, check_floating, check_shape, exporting, settle_backend
 from .precision import outside_autocast, state_dtype
 
 
@@ -73,7 +73,7 @@ def merge_routes(
         check_shape(name, y, ("B", "K", "H", "W", "D"), {})
         known = known or {"B": y.shape[0], "D": y.shape[4]}
         # An export knows no sizes, and would take what is asked of them for a promise of its own.
-        sides = {} if torch.compiler.is_exporting() else {"H": rows, "W": columns}
+        sides = {} if exporting() else {"H": rows, "W": columns}
         check_shape(name, y, ("B", "K", "H", "W", "D"), {**known, **sides})
         for part in ("weight", "bias"):
             t = tensors[part + suffix]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import parallel, reference, traced
-from .checks import Backend, check_backend, check_floating, check_shape, runs_triton
+from .checks import Backend, check_backend, check_floating, check_shape, exporting, runs_triton
 from .precision import state_dtype
 from .routes import ROUTES
 
@@ -158,7 +158,7 @@ def selective_scan_2d(
     states = state_dtype(x, x_dbl, dt_weight, A_log)
     if check_backend(backend, x, states) == "reference":
         return reference.selective_scan_2d(*weights, tuple(routes), carry_state)
-    if backend == "parallel" and torch.compiler.is_exporting():
+    if backend == "parallel" and exporting():
         return traced.selective_scan_2d(*weights, tuple(routes), carry_state)
     if backend == "parallel":
         return _plain(_Parallel2d, parallel.selective_scan_2d, (*weights, tuple(routes), carry_state))[0]

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from msv.kernels import ROUTES, flops_1d, flops_2d, selective_scan, selective_scan_2d
+from msv.kernels.checks import exporting, settle_backend
 
 BACKENDS = ("reference", "parallel", "auto")
 SPLITS = {
@@ -70,6 +71,31 @@ def test_compiled_is_eager(make_1d, make_2d, outputs_and_gradients, assert_agree
         compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
         expected = outputs_and_gradients(scan, arguments)
         assert_agree(outputs_and_gradients(compiled, arguments), expected, torch.float64)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_chooses_as_eager():
+    """That an export is another thing than a compiled call not all versions of torch know."""
+
+    def exported(x):
+        return x + (1 if exporting() else 0)
+
+    def chosen(x):
+        return x + (1 if settle_backend("auto", x, torch.float32) == "triton" else 0)
+
+    zero = torch.zeros(1)
+    assert torch.compile(exported, fullgraph=True, backend="eager")(zero) == 0
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(zero) == chosen(zero)
+    with torch.no_grad():
+        assert torch.export.export(Call(exported), (zero,)).module()(zero) == 1
+
+
+class Call(torch.nn.Module):
+    """A function, as an export wants it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 @pytest.mark.usefixtures("fresh_compiler")
