@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .checks import Backend, check_floating, check_shape, settle_backend
 from .precision import outside_autocast, state_dtype
+from .registration import register
 
 Activation = Literal["none", "silu", "gelu"]
 
@@ -110,23 +111,20 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 # The registered operator: forward, backward, fake, autograd, FLOPs.
 
 
-@torch.library.custom_op("msv::depthwise_conv", mutates_args=())
-def _depthwise_conv(
+def _run(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: str, residual: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns y and, with `keep`, what the activation was applied to, otherwise nothing."""
     return _triton().depthwise_conv(x, weight, bias, stride, activation, residual, keep)
 
 
-@_depthwise_conv.register_fake
-def _(x, weight, bias, stride, activation, residual, keep):
+def _fake(x, weight, bias, stride, activation, residual, keep):
     batch, height, width, channels = x.shape
     y = x.new_empty(batch, -(-height // stride), -(-width // stride), channels)
     return y, x.new_empty(y.shape if keep else 0)
 
 
-@torch.library.custom_op("msv::depthwise_conv_backward", mutates_args=())
-def _depthwise_conv_backward(
+def _run_backward(
     dy: Tensor,
     pre: Tensor,
     x: Tensor,
@@ -140,8 +138,7 @@ def _depthwise_conv_backward(
     return _triton().depthwise_conv_backward(dy, pre, x, weight, bias, stride, activation, residual)
 
 
-@_depthwise_conv_backward.register_fake
-def _(dy, pre, x, weight, bias, stride, activation, residual):
+def _fake_backward(dy, pre, x, weight, bias, stride, activation, residual):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
@@ -156,7 +153,8 @@ def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple:
     return (*_depthwise_conv_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
-_depthwise_conv.register_autograd(_gradients, setup_context=_keep)
+_depthwise_conv = register("depthwise_conv", _run, _fake, _keep, _gradients)
+_depthwise_conv_backward = register("depthwise_conv_backward", _run_backward, _fake_backward)
 
 
 @register_flop_formula(torch.ops.msv.depthwise_conv)
