@@ -246,8 +246,9 @@ def _keep_routes(ctx: Any, inputs: tuple, output: tuple) -> None:
     *_, full_sum, half_sum = output
     ctx.routes = tuple(None if y is None else y.shape[1] for y in (full, half))
     ctx.dtypes = tuple(None if t is None else t.dtype for t in norms)
-    ctx.eps, ctx.means = inputs[8], inputs[10]
+    ctx.eps, ctx.shape = inputs[8], output[0].shape
     ctx.mark_non_differentiable(full_sum, half_sum)
+    ctx.set_materialize_grads(False)
     full, half = _normalised(full, full_sum, True), _normalised(half, half_sum, inputs[9])
     ctx.save_for_backward(full, half, norms[0], norms[2])
 
@@ -259,10 +260,10 @@ def _normalised(y: Tensor | None, kept: Tensor, summed: bool) -> Tensor | None:
     return kept if kept.numel() else y.sum(1, keepdim=True, dtype=y.dtype)
 
 
-def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:
-    full, half, weight, weight_half = ctx.saved_tensors
-    arguments = (dm, dmeans if ctx.means else None, full, half, weight, weight_half, ctx.eps)
-    found = iter(_merge_routes_backward(*arguments))
+def _route_gradients(ctx: Any, dm: Tensor | None, dmeans: Any, *_: Any) -> tuple:
+    if dm is None:  # only the means were used
+        dm = dmeans.new_zeros(ctx.shape)
+    found = iter(_merge_routes_backward(dm, dmeans, *ctx.saved_tensors, ctx.eps))
     routes: list[Tensor | None] = []
     norms: list[Tensor | None] = []
     for number, dtypes in zip(ctx.routes, (ctx.dtypes[:2], ctx.dtypes[2:]), strict=True):
@@ -270,8 +271,11 @@ def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:
             routes.append(None)
             norms += [None, None]
         else:
-            routes.append(next(found).expand(-1, number, -1, -1, -1))  # of a sum, the same for every route
-            norms += [t.to(dtype) for t, dtype in zip(next(found), dtypes, strict=True)]
+            of_routes = next(found)
+            if of_routes.shape[1] != number:  # of a sum, the same for every route
+                of_routes = of_routes.expand(-1, number, -1, -1, -1)
+            routes.append(of_routes)
+            norms += [t.to(dtype) for t, dtype in zip(next(found).unbind(), dtypes, strict=True)]
     return (*routes, *norms, None, None, None, None, None, None)
 
 

@@ -304,6 +304,7 @@ def _keep_1d(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _keep_2d(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the saved states, which are as large as the map
     ctx.save_for_backward(output[1], *inputs[:6])
 
 

@@ -56,7 +56,7 @@ def _autograd_kernel(name: str, operator: OpOverload, keep: Callable | None, gra
 
     def backward(ctx: Any, *of_outputs: Tensor | None) -> Any:
         if gradients is None:
-            raise RuntimeError(f"msv::{name} has no gradients; expected first derivatives only, without create_graph")
+            raise RuntimeError(f"there is no way backward through {operator}; expected first derivatives only")
         if torch.is_grad_enabled():
             return gradients(ctx, *of_outputs)
         with torch._C._AutoDispatchBelowAutograd():  # nothing is to be noted of the operators called now
