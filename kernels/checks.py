@@ -85,10 +85,7 @@ def check_shape(name: str, t: Tensor, dims: Sequence[str | int], known: dict[str
     fits = t.dim() == len(dims)
     if fits:
         for d, n in zip(dims, t.shape, strict=True):
-            if isinstance(d, int):
-                size = d
-            else:
-                size = known[d] if d in known else found.setdefault(d, n)
+            size = d if isinstance(d, int) else known[d] if d in known else found.setdefault(d, n)
             if size != n:
                 fits = False
                 break

@@ -57,13 +57,13 @@ def _autograd_kernel(name: str, operator: OpOverload, keep: Callable | None, gra
     def backward(ctx: Any, *of_outputs: Tensor | None) -> Any:
         if gradients is None:
             raise RuntimeError(f"there is no way backward through {operator}; expected first derivatives only")
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return gradients(ctx, *of_outputs)
         with torch._C._AutoDispatchBelowAutograd():  # nothing is to be noted of the operators called now
             return gradients(ctx, *of_outputs)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"msv_{name}", (torch.autograd.Function,), methods)
+    function: Any = type(f"msv_{name}", (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
