@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "parallel", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # Both are settled before Triton is imported, which is not before a kernel is asked for.
 HAS_TRITON = find_spec("triton") is not None
@@ -26,8 +27,8 @@ def check_backend(backend: str, x: Tensor, states: torch.dtype) -> str:
     Raises:
         ValueError: the backend is unknown, or is `triton` and there is no Triton, no GPU, or an input in float64.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
     if backend == "triton":
         remedy = "use 'auto' or 'parallel', which run in torch on any device"
         if not HAS_TRITON:
@@ -85,10 +86,14 @@ def check_shape(name: str, t: Tensor, dims: Sequence[str | int], known: dict[str
     Raises:
         ValueError: the shape does not fit, or the first argument has no elements.
     """
-    sizes = dict(known)
-    fits = t.dim() == len(dims) and all(
-        (d if isinstance(d, int) else sizes.setdefault(d, n)) == n for d, n in zip(dims, t.shape, strict=True)
-    )
+    found: dict[str, int] = {}
+    fits = t.dim() == len(dims)
+    if fits:
+        for d, n in zip(dims, t.shape, strict=True):
+            size = d if isinstance(d, int) else known[d] if d in known else found.setdefault(d, n)
+            if size != n:
+                fits = False
+                break
     if not fits:
         expected = ", ".join(f"{d}={known[d]}" if d in known else str(d) for d in dims)
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected ({expected})")

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .checks import Backend, check_floating, check_shape, exporting, settle_backend
 from .precision import outside_autocast, state_dtype
+from .registration import register
 
 Activation = Literal["none", "silu", "gelu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 def depthwise_conv(
@@ -59,8 +61,8 @@ def depthwise_conv(
         raise ValueError(f"weight has a kernel of {weight.shape[2]}×{weight.shape[2]}; expected an odd size")
     if stride not in (1, 2):
         raise ValueError(f"stride is {stride}; expected 1 or 2")
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation {activation!r} is unknown; expected one of {', '.join(get_args(Activation))}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
     if residual and stride != 1:
         raise ValueError(f"residual adds x to a map of the same size, but stride is {stride}; use 1, or no residual")
     arguments = (x, weight, bias, stride, activation, residual)
@@ -110,25 +112,24 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 # The registered operator: forward, backward, fake, autograd, FLOPs.
 
 
-@torch.library.custom_op("msv::depthwise_conv", mutates_args=())
-def _depthwise_conv(
+def _run(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: str, residual: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns y and, with `keep`, what the activation was applied to, otherwise nothing."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y, with `keep` what the activation was applied to, else nothing, and the weights that kernels read."""
     return _triton().depthwise_conv(x, weight, bias, stride, activation, residual, keep)
 
 
-@_depthwise_conv.register_fake
-def _(x, weight, bias, stride, activation, residual, keep):
+def _fake(x, weight, bias, stride, activation, residual, keep):
     batch, height, width, channels = x.shape
     y = x.new_empty(batch, -(-height // stride), -(-width // stride), channels)
-    return y, x.new_empty(y.shape if keep else 0)
+    blocks = x.new_empty(_triton().blocks_shape(weight.shape), dtype=torch.float32)
+    return y, x.new_empty(y.shape if keep else 0), blocks
 
 
-@torch.library.custom_op("msv::depthwise_conv_backward", mutates_args=())
-def _depthwise_conv_backward(
+def _run_backward(
     dy: Tensor,
     pre: Tensor,
+    blocks: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -137,26 +138,26 @@ def _depthwise_conv_backward(
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias."""
-    return _triton().depthwise_conv_backward(dy, pre, x, weight, bias, stride, activation, residual)
+    return _triton().depthwise_conv_backward(dy, pre, blocks, x, weight, bias, stride, activation, residual)
 
 
-@_depthwise_conv_backward.register_fake
-def _(dy, pre, x, weight, bias, stride, activation, residual):
+def _fake_backward(dy, pre, blocks, x, weight, bias, stride, activation, residual):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = inputs[3:6]
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:3])
+    ctx.save_for_backward(*output[1:], *inputs[:3])
 
 
-def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple:
+def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple:
     return (*_depthwise_conv_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
-_depthwise_conv.register_autograd(_gradients, setup_context=_keep)
+_depthwise_conv = register("depthwise_conv", _run, _fake, _keep, _gradients)
+_depthwise_conv_backward = register("depthwise_conv_backward", _run_backward, _fake_backward)
 
 
 @register_flop_formula(torch.ops.msv.depthwise_conv)
@@ -166,7 +167,7 @@ def _(x, weight, bias, stride, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.msv.depthwise_conv_backward)
-def _(dy, pre, x, weight, *args, **kwargs) -> int:
+def _(dy, pre, blocks, x, weight, *args, **kwargs) -> int:
     """Twice the forward's, for the gradients of x and of weight, as of torch's convolution."""
     batch, height, width, channels = dy
     return 4 * batch * height * width * channels * weight[2] * weight[3]

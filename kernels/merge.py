@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import Backend, check_floating, check_shape, exporting, settle_backend
 from .precision import outside_autocast, state_dtype
+from .registration import register
 
 
 def merge_routes(
@@ -186,8 +187,7 @@ def parallel_gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
 # The registered operators: forward, backward, fake, autograd.
 
 
-@torch.library.custom_op("msv::merge_routes", mutates_args=())
-def _merge_routes(
+def _run_merge(
     y_full: Tensor | None,
     y_half: Tensor | None,
     weight: Tensor | None,
@@ -206,8 +206,7 @@ def _merge_routes(
     return _triton().merge_routes(*arguments)
 
 
-@_merge_routes.register_fake
-def _(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means, keep):
+def _fake_merge(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, sum_first, means, keep):
     some = y_full if y_full is not None else y_half
     batch, channels = some.shape[0], some.shape[4]
     sums = []
@@ -218,8 +217,7 @@ def _(y_full, y_half, weight, bias, weight_half, bias_half, height, width, eps, 
     return some.new_empty(batch, height, width, channels), found, *sums
 
 
-@torch.library.custom_op("msv::merge_routes_backward", mutates_args=())
-def _merge_routes_backward(
+def _run_merge_backward(
     dm: Tensor,
     dmeans: Tensor | None,
     full: Tensor | None,
@@ -235,8 +233,7 @@ def _merge_routes_backward(
     return _triton().merge_routes_backward(dm, dmeans, full, half, weight, weight_half, eps)
 
 
-@_merge_routes_backward.register_fake
-def _(dm, dmeans, full, half, weight, weight_half, eps):
+def _fake_merge_backward(dm, dmeans, full, half, weight, weight_half, eps):
     found = []
     for y in (full, half):
         if y is not None:
@@ -249,8 +246,9 @@ def _keep_routes(ctx: Any, inputs: tuple, output: tuple) -> None:
     *_, full_sum, half_sum = output
     ctx.routes = tuple(None if y is None else y.shape[1] for y in (full, half))
     ctx.dtypes = tuple(None if t is None else t.dtype for t in norms)
-    ctx.eps, ctx.means = inputs[8], inputs[10]
+    ctx.eps, ctx.shape = inputs[8], output[0].shape
     ctx.mark_non_differentiable(full_sum, half_sum)
+    ctx.set_materialize_grads(False)
     full, half = _normalised(full, full_sum, True), _normalised(half, half_sum, inputs[9])
     ctx.save_for_backward(full, half, norms[0], norms[2])
 
@@ -262,10 +260,10 @@ def _normalised(y: Tensor | None, kept: Tensor, summed: bool) -> Tensor | None:
     return kept if kept.numel() else y.sum(1, keepdim=True, dtype=y.dtype)
 
 
-def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:
-    full, half, weight, weight_half = ctx.saved_tensors
-    arguments = (dm, dmeans if ctx.means else None, full, half, weight, weight_half, ctx.eps)
-    found = iter(_merge_routes_backward(*arguments))
+def _route_gradients(ctx: Any, dm: Tensor | None, dmeans: Any, *_: Any) -> tuple:
+    if dm is None:  # only the means were used
+        dm = dmeans.new_zeros(ctx.shape)
+    found = iter(_merge_routes_backward(dm, dmeans, *ctx.saved_tensors, ctx.eps))
     routes: list[Tensor | None] = []
     norms: list[Tensor | None] = []
     for number, dtypes in zip(ctx.routes, (ctx.dtypes[:2], ctx.dtypes[2:]), strict=True):
@@ -273,32 +271,32 @@ def _route_gradients(ctx: Any, dm: Tensor, dmeans: Tensor, *_: Any) -> tuple:
             routes.append(None)
             norms += [None, None]
         else:
-            routes.append(next(found).expand(-1, number, -1, -1, -1))  # of a sum, the same for every route
-            norms += [t.to(dtype) for t, dtype in zip(next(found), dtypes, strict=True)]
+            of_routes = next(found)
+            if of_routes.shape[1] != number:  # of a sum, the same for every route
+                of_routes = of_routes.expand(-1, number, -1, -1, -1)
+            routes.append(of_routes)
+            norms += [t.to(dtype) for t, dtype in zip(next(found).unbind(), dtypes, strict=True)]
     return (*routes, *norms, None, None, None, None, None, None)
 
 
-_merge_routes.register_autograd(_route_gradients, setup_context=_keep_routes)
+_merge_routes = register("merge_routes", _run_merge, _fake_merge, _keep_routes, _route_gradients)
+_merge_routes_backward = register("merge_routes_backward", _run_merge_backward, _fake_merge_backward)
 
 
-@torch.library.custom_op("msv::gate", mutates_args=())
-def _gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
+def _run_gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
     return _triton().gate(m, scale, z)
 
 
-@_gate.register_fake
-def _(m, scale, z):
+def _fake_gate(m, scale, z):
     return m.new_empty(m.shape)
 
 
-@torch.library.custom_op("msv::gate_backward", mutates_args=())
-def _gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run_gate_backward(dout: Tensor, m: Tensor, scale: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of m, scale and z; that of scale is empty where there is none."""
     return _triton().gate_backward(dout, m, scale, z)
 
 
-@_gate_backward.register_fake
-def _(dout, m, scale, z):
+def _fake_gate_backward(dout, m, scale, z):
     return m.new_empty(m.shape), m.new_empty(0) if scale is None else scale.new_empty(scale.shape), z.new_empty(z.shape)
 
 
@@ -312,7 +310,8 @@ def _gate_gradients(ctx: Any, dout: Tensor) -> tuple:
     return dm, None if scale is None else dscale, dz
 
 
-_gate.register_autograd(_gate_gradients, setup_context=_keep_gate)
+_gate = register("gate", _run_gate, _fake_gate, _keep_gate, _gate_gradients)
+_gate_backward = register("gate_backward", _run_gate_backward, _fake_gate_backward)
 
 
 def _triton() -> Any:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import parallel, reference, traced
 from .checks import Backend, check_backend, check_floating, check_shape, exporting, runs_triton
 from .precision import state_dtype
+from .registration import register
 from .routes import ROUTES
 
 
@@ -169,8 +170,7 @@ def selective_scan_2d(
 # The registered operators: forward, backward, fake, autograd, FLOPs.
 
 
-@torch.library.custom_op("msv::selective_scan", mutates_args=())
-def _scan_1d(
+def _run_1d(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -188,8 +188,7 @@ def _scan_1d(
     return y.contiguous(), last.contiguous(), saved
 
 
-@_scan_1d.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
+def _fake_1d(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
     dtype = state_dtype(u, delta, A, B, C)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=dtype)
     if triton:
@@ -199,8 +198,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
     return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
 
 
-@torch.library.custom_op("msv::selective_scan_backward", mutates_args=())
-def _scan_1d_backward(
+def _run_1d_backward(
     dy: Tensor,
     dlast: Tensor | None,
     saved: Tensor,
@@ -221,13 +219,11 @@ def _scan_1d_backward(
     return [g.contiguous() for g in gradients if g is not None]
 
 
-@_scan_1d_backward.register_fake
-def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
+def _fake_1d_backward(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, triton=False):
     return [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
 
 
-@torch.library.custom_op("msv::selective_scan_2d", mutates_args=())
-def _scan_2d(
+def _run_2d(
     x: Tensor,
     x_dbl: Tensor,
     dt_weight: Tensor,
@@ -244,8 +240,7 @@ def _scan_2d(
     return scan.selective_scan_2d(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, _pairs(routes, sets), carry_state)
 
 
-@_scan_2d.register_fake
-def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton=False):
+def _fake_2d(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton=False):
     batch, height, width, channels = x.shape
     dtype = state_dtype(x, x_dbl, dt_weight, A_log)
     if triton:
@@ -256,8 +251,7 @@ def _(x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, tr
     return out, x.new_empty(saved, dtype=dtype)
 
 
-@torch.library.custom_op("msv::selective_scan_2d_backward", mutates_args=())
-def _scan_2d_backward(
+def _run_2d_backward(
     dy: Tensor,
     saved: Tensor,
     x: Tensor,
@@ -280,8 +274,7 @@ def _scan_2d_backward(
     return dx, dx_dbl, dweight, dbias, dA_log, dskip
 
 
-@_scan_2d_backward.register_fake
-def _(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton=False):
+def _fake_2d_backward(dy, saved, x, x_dbl, dt_weight, dt_bias, A_log, D_skip, routes, sets, carry_state, triton=False):
     return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, dt_bias, A_log, D_skip))
 
 
@@ -311,6 +304,7 @@ def _keep_1d(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _keep_2d(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the saved states, which are as large as the map
     ctx.save_for_backward(output[1], *inputs[:6])
 
 
@@ -334,8 +328,10 @@ def _autograd_2d(ctx: Any, dy: Tensor, _: None) -> tuple:
     return _gradients_2d(_scan_2d_backward, ctx, dy)
 
 
-_scan_1d.register_autograd(_autograd_1d, setup_context=_keep_1d)
-_scan_2d.register_autograd(_autograd_2d, setup_context=_keep_2d)
+_scan_1d = register("selective_scan", _run_1d, _fake_1d, _keep_1d, _autograd_1d)
+_scan_1d_backward = register("selective_scan_backward", _run_1d_backward, _fake_1d_backward)
+_scan_2d = register("selective_scan_2d", _run_2d, _fake_2d, _keep_2d, _autograd_2d)
+_scan_2d_backward = register("selective_scan_2d_backward", _run_2d_backward, _fake_2d_backward)
 
 
 class _Parallel1d(torch.autograd.Function):

@@ -13,8 +13,10 @@ R = TypeVar("R")
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and exponentials: float64 where any input is, float32 otherwise, bf16 and fp16 included."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def outside_autocast(scan: Callable[P, R]) -> Callable[P, R]:

@@ -555,6 +555,7 @@ class Plan(NamedTuple):
         sequences: first tile, number of steps and weight set of each sequence, (Q, 3).
         sets: the weight set of each sequence.
         tiles: of each sequence.
+        slots: tiles of all sequences but their last ones, whose states are saved.
     """
 
     positions: Tensor
@@ -562,6 +563,7 @@ class Plan(NamedTuple):
     sequences: Tensor
     sets: tuple[int, ...]
     tiles: tuple[int, ...]
+    slots: int
 
 
 @outside_autocast
@@ -584,11 +586,11 @@ def selective_scan_2d(
         plan = _plan(tuple(routes), carry_state, height, width, x.device)
         by_state = A_log.mT.contiguous()
         out = x.new_empty(batch, len(routes), height, width, channels)
-        saved = x.new_empty(saved_numel_2d(x.shape, d_state, routes, carry_state), dtype=torch.float32)
-        chunks, starts, reach = _cut(plan, x, d_state)
+        saved = x.new_empty(batch * plan.slots * d_state * channels, dtype=torch.float32)
+        chunks, starts, reach = _cut(plan, x, d_state, saved)
 
         def launch(summary: bool) -> None:
-            grid = (batch * len(plan.sets) * chunks.count * triton.cdiv(channels, CHANNELS),)
+            grid = (batch * len(plan.sets) * chunks.count * -(-channels // CHANNELS),)
             scan_2d_forward[grid](
                 x,
                 x_dbl,
@@ -636,11 +638,11 @@ def selective_scan_2d_backward(
     batch, height, width, channels = x.shape
     sets, _, rank = dt_weight.shape
     d_state, count = A_log.shape[2], len(routes)
-    blocks = triton.cdiv(channels, CHANNELS)
+    blocks = -(-channels // CHANNELS)
     with torch.cuda.device_of(x):
         plan = _plan(tuple(routes), carry_state, height, width, x.device)
         by_state = A_log.mT.contiguous()
-        chunks, ends, reach = _cut(plan, x, d_state)
+        chunks, ends, reach = _cut(plan, x, d_state, saved)
         if d_state > 1 and chunks.count == 1:
             ends = _zeros(x, batch, len(plan.sets), chunks.count, d_state, channels)
 
@@ -649,7 +651,7 @@ def selective_scan_2d_backward(
             fill = torch.zeros if chunks.count > 1 else torch.empty
             return fill(batch, len(plan.sets), chunks.count, *shape, dtype=torch.float32, device=x.device)
 
-        dx = torch.empty(batch, count, height, width, channels, device=x.device, dtype=x.dtype)
+        dx = x.new_empty(batch, count, height, width, channels)
         dp = torch.empty(blocks, batch, count, height, width, x_dbl.shape[-1], dtype=torch.float32, device=x.device)
         dweight, dbias, dskip = parts(channels, rank), parts(channels), parts(channels)
         dA = parts(d_state, channels) if d_state == 1 else _zeros(x, *ends.shape)
@@ -691,7 +693,7 @@ def selective_scan_2d_backward(
         launch(summary=False)
         route_sets = [weight_set for _, weight_set in routes]
         return (
-            dx[:, 0] if count == 1 else dx.sum(1),
+            dx.squeeze(1) if count == 1 else dx.sum(1),
             _by_set(dp.sum(0), 1, route_sets, sets).movedim(1, 3).to(x_dbl.dtype),
             _by_set(dweight.sum((0, 2)), 0, plan.sets, sets).to(dt_weight.dtype),
             _by_set(dbias.sum((0, 2)), 0, plan.sets, sets).to(dt_bias.dtype),
@@ -758,16 +760,16 @@ def _make_plan(
     table = torch.empty(len(facts), dtype=torch.int32, device=device)
     for number, fact in enumerate(facts):
         table[number].fill_(fact)  # nothing is copied from the CPU, which a captured graph must not
-    return Plan(torch.cat(positions).int(), torch.cat(places).int(), table, sets, tuple(tiles))
+    slots = sum(tiles) - len(tiles)
+    return Plan(torch.cat(positions).int(), torch.cat(places).int(), table, sets, tuple(tiles), slots)
 
 
-def _cut(plan: Plan, x: Tensor, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
-    """The chunks, and where there are several the states with which they begin and their sums of Δ."""
+def _cut(plan: Plan, x: Tensor, d_state: int, unread: Tensor) -> tuple[Chunks, Tensor, Tensor]:
+    """The chunks, and where there are several the states with which they begin and their sums of Δ, else `unread`."""
     batch, channels = x.shape[0], x.shape[3]
-    chunks = cut(batch * len(plan.sets) * triton.cdiv(channels, CHANNELS), max(plan.tiles), multiprocessors(x.device))
+    chunks = cut(batch * len(plan.sets) * -(-channels // CHANNELS), max(plan.tiles), multiprocessors(x.device))
     if chunks.count == 1:
-        none = x.new_empty(0, dtype=torch.float32)
-        return chunks, none, none
+        return chunks, unread, unread
     values = _zeros(x, batch, len(plan.sets), chunks.count, d_state, channels)
     return chunks, values, _zeros(x, batch, len(plan.sets), chunks.count, channels)
 
@@ -775,7 +777,7 @@ def _cut(plan: Plan, x: Tensor, d_state: int) -> tuple[Chunks, Tensor, Tensor]:
 def _carry(plan: Plan, chunks: Chunks, values: Tensor, reach: Tensor, A_log: Tensor, reverse: bool) -> None:
     batch, _, _, d_state, channels = values.shape
     A2 = (A_log.float().exp() * -LOG2_E.value).mT
-    grid = (batch * len(plan.sets), triton.cdiv(channels, CHANNELS), d_state)
+    grid = (batch * len(plan.sets), -(-channels // CHANNELS), d_state)
     carry_chunks[grid](
         values,
         reach,
@@ -793,8 +795,7 @@ def _carry(plan: Plan, chunks: Chunks, values: Tensor, reach: Tensor, A_log: Ten
 
 
 def _sizes(plan: Plan, chunks: Chunks, x: Tensor, routes: int) -> tuple[int, ...]:
-    slots = sum(plan.tiles) - len(plan.tiles)
-    return x.shape[1] * x.shape[2], slots, routes, len(plan.sets), chunks.count, chunks.tiles
+    return x.shape[1] * x.shape[2], plan.slots, routes, len(plan.sets), chunks.count, chunks.tiles
 
 
 def _constants(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, d_state: int) -> dict[str, int | bool]:
@@ -804,7 +805,7 @@ def _constants(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, d_state: int) -> dic
         "R": rank,
         "N": d_state,
         "S": sets,
-        "RP": max(16, triton.next_power_of_2(rank)),
+        "RP": max(16, 1 << (rank - 1).bit_length()),
         "C": CHANNELS,
         "T": STEPS,
         "EXACT": torch.float32 in (x.dtype, x_dbl.dtype),

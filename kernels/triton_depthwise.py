@@ -568,16 +568,21 @@ def convolves_again(size: int, stride: int) -> bool:
 
 def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: str, residual: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The convolution, and with `keep` what its activation was applied to; see `depthwise.depthwise_conv`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution, with `keep` what its activation was applied to, and weights `in_blocks`, for the backward.
+
+    See `depthwise.depthwise_conv`.
+    """
     x = with_channels_last(x)
     work = split(x.shape, stride, CHANNELS, multiprocessors(x.device))
+    blocks = in_blocks(weight, bias)
     y = x.new_empty(x.shape[0], *work.sizes[2:4], x.shape[3])
     pre = x.new_empty(y.shape if keep else 0)
     with torch.cuda.device_of(x):
         convolve[(work.programs * work.blocks,)](
             x,
-            *_in_blocks(weight, bias),
+            blocks,
+            blocks[-1],
             y,
             pre,
             *work.sizes,
@@ -589,12 +594,13 @@ def depthwise_conv(
             KEEP=keep,
             maxnreg=REGISTERS,
         )
-    return y, pre
+    return y, pre, blocks
 
 
 def depthwise_conv_backward(
     dy: Tensor,
     pre: Tensor,
+    blocks: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -602,7 +608,7 @@ def depthwise_conv_backward(
     activation: str,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias; `pre` is empty where it was not kept.
+    """The gradients of x, weight and bias; `pre` is empty where it was not kept, `blocks` as `in_blocks` makes them.
 
     Programs write their parts of the sums over a map side by side; torch adds them up.
     """
@@ -610,8 +616,9 @@ def depthwise_conv_backward(
     size = weight.shape[2]
     again = activation != "none" and convolves_again(size, stride)
     if activation != "none" and not again and pre.numel() == 0:
-        pre, _ = depthwise_conv(x, weight, bias, stride, "none", residual, False)
-    g, dx = dy if activation == "none" else dy.new_empty(dy.shape), x.new_empty(x.shape)
+        pre, _, _ = depthwise_conv(x, weight, bias, stride, "none", residual, False)
+    g = dy if activation == "none" else torch.empty_like(dy)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
 
     block = CHANNELS if size <= 3 else CHANNELS // 2  # a lane has room for 10 sums of two channels, or 50 of one
     work = split(x.shape, stride, block, multiprocessors(x.device))
@@ -620,18 +627,17 @@ def depthwise_conv_backward(
     constants = {**layout(x), **_constants(x, weight, stride, block), "ACTIVATION": activation}
     grid = (work.programs * work.blocks,)
     with torch.cuda.device_of(x):
-        filled, filled_bias = _in_blocks(weight, bias)
         if again:
             del constants["S"]
             convolve_and_sum_weights[grid](
-                x, filled, filled_bias, dy, g, parts, *arguments, **constants, RESIDUAL=residual, maxnreg=REGISTERS
+                x, blocks, blocks[-1], dy, g, parts, *arguments, **constants, RESIDUAL=residual, maxnreg=REGISTERS
             )
         else:
             sum_weights[grid](x, dy, pre, g, parts, *arguments, **constants, maxnreg=REGISTERS_FOR_SUMS)
         work = split(x.shape, stride, CHANNELS, multiprocessors(x.device))
         convolve_back[(work.programs * work.blocks,)](
             g,
-            filled,
+            blocks,
             dx,
             *work.sizes,
             **_constants(x, weight, stride, CHANNELS),
@@ -639,8 +645,9 @@ def depthwise_conv_backward(
             maxnreg=REGISTERS,
         )
     sums = parts.sum(0)
-    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return dx, dweight.copy_(sums[:-1].mT.reshape(weight.shape)), dbias.copy_(sums[-1])
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    return dx, dweight.copy_(sums[:-1].mT.view(weight.shape)), dbias.copy_(sums[-1])
 
 
 def with_channels_last(x: Tensor) -> Tensor:
@@ -657,18 +664,33 @@ def with_channels_last(x: Tensor) -> Tensor:
 def layout(x: Tensor) -> dict[str, int]:
     """What kernels are compiled for of where a map lies: the same for all sizes."""
     pixel = pixel_stride(x)
-    apart = (stride for size, stride in zip(x.shape[:2], x.stride(), strict=False) if size > 1)
-    return {"PIXEL": pixel, "ALIGN": 2 if all(stride % 2 == 0 for stride in (pixel, *apart)) else 1}
+    batch, height, *_ = x.shape
+    image, row, *_ = x.stride()
+    even = pixel % 2 == 0 and (batch == 1 or image % 2 == 0) and (height == 1 or row % 2 == 0)
+    return {"PIXEL": pixel, "ALIGN": 2 if even else 1}
 
 
-def _in_blocks(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (K * K, channels) and bias (channels,) in float32, channels filled up with zeros to whole blocks."""
+def in_blocks(weight: Tensor, bias: Tensor) -> Tensor:
+    """Weights and below them the bias, (K * K + 1, channels) in float32; zeros fill channels up to whole blocks."""
     channels, size = weight.shape[0], weight.shape[2]
-    if filling := -channels % CHANNELS:
-        weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, filling)), F.pad(bias, (0, filling))
-    return weight.reshape(-1, size * size).mT.contiguous().float(), bias.contiguous().float()
+    blocks = torch.cat((weight.reshape(channels, size * size).mT, bias[None])).float()
+    filling = -channels % CHANNELS
+    return F.pad(blocks, (0, filling)) if filling else blocks
+
+
+def blocks_shape(weight: torch.Size) -> tuple[int, int]:
+    """The shape of that."""
+    return weight[2] * weight[3] + 1, -(-weight[0] // CHANNELS) * CHANNELS
 
 
 def _constants(x: Tensor, weight: Tensor, stride: int, block: int) -> dict[str, int]:
-    constants = {"C": x.shape[3], "K": weight.shape[2], "S": stride, "P": COLUMNS, "G": STRIPS, "BLOCK": block}
-    return {**constants, "num_warps": STRIPS, "num_stages": 1}
+    return {
+        "C": x.shape[3],
+        "K": weight.shape[2],
+        "S": stride,
+        "P": COLUMNS,
+        "G": STRIPS,
+        "BLOCK": block,
+        "num_warps": STRIPS,
+        "num_stages": 1,
+    }

@@ -524,7 +524,7 @@ def split(batch: int, pixels: int, block: int, multiprocessors: int) -> Split:
 
 def channel_block(channels: int) -> int:
     """A third of all channels, rounded up to a power of two, so that 3·2ⁿ and 4·2ⁿ channels leave no lane idle."""
-    return max(16, triton.next_power_of_2(-(-channels // 3)))
+    return max(16, 1 << (-(-channels // 3) - 1).bit_length())
 
 
 def merge_routes(
