@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 BACKEND = "triton"
+KINDS = (("parallel", torch.float32), (BACKEND, torch.float32), (BACKEND, torch.bfloat16))
 SEEDS = 5
 SAME_WEIGHTS_AT = (0, 50, 100, 200)
 TOGETHER = 50  # steps over which two trainings from one seed agree; later they part by chaos
@@ -55,6 +56,20 @@ def summary():
     print(f"\n{text}")
     if out := os.environ.get("MSV_AGREEMENT_OUT"):
         Path(out).write_text(f"{text}\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def others():
+    """The final losses to come of the trainings that `trajectory` and `follower` are not.
+
+    They run beside each other and beside the tests, since a host launches such small steps more slowly than a GPU runs
+    them.
+    """
+    runs = [(*kind, seed) for kind, seed in itertools.product(KINDS, range(SEEDS))]
+    runs = [run for run in runs if run not in ((kind, torch.float32, 0) for kind in ("parallel", BACKEND))]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1), spawn) as pool:
+        yield {run: pool.submit(final_loss, run[0], run[2], run[1]) for run in runs}
 
 
 @pytest.fixture(scope="module")
@@ -111,21 +126,12 @@ def test_trainings_from_one_seed_stay_together(trajectory, follower, summary):
     assert statistics.fmean(trajectory.losses[-LAST:]) < 0.8 * trajectory.losses[0]  # it has learnt something
 
 
-def test_final_losses_over_seeds(trajectory, follower, summary):
-    """Trainings beside each other, since a host launches such small steps more slowly than a GPU runs them."""
+def test_final_losses_over_seeds(trajectory, follower, others, summary):
     known = {("parallel", torch.float32, 0): trajectory.final, (BACKEND, torch.float32, 0): follower.final}
-    kinds = (("parallel", torch.float32), (BACKEND, torch.float32), (BACKEND, torch.bfloat16))
-    spawn, workers = multiprocessing.get_context("spawn"), min(len(kinds) * SEEDS, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, spawn) as pool:
-        started = {
-            (backend, precision, seed): pool.submit(final_loss, backend, seed, precision)
-            for (backend, precision), seed in itertools.product(kinds, range(SEEDS))
-            if (backend, precision, seed) not in known
-        }
-        known |= {which: training.result() for which, training in started.items()}
+    known |= {which: training.result() for which, training in others.items()}
     finals = {
         f"{backend}-{str(precision).removeprefix('torch.')}": [known[backend, precision, seed] for seed in range(SEEDS)]
-        for backend, precision in kinds
+        for backend, precision in KINDS
     }
     found = summary["final_losses"] = {
         name: {
