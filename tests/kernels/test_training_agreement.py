@@ -8,19 +8,23 @@ trainings from one seed stay together at first; and do trainings end at the same
 Without MSV_FASHION_ROOT, a folder of Fashion-MNIST's four files, it trains on scikit-learn's digits.
 """
 
+import copy
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import nano_training
 import pytest
+import timm
 import torch
-from nano_training import BATCH, LAST, STEPS, batches, data, final_loss, loss_of, make_network, train
+import torch.nn.functional as F
+
+import msv.models  # noqa: F401  registers the presets
+from msv.data import Digits, FashionMNIST
+from msv.models.capture import capture_training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,22 +33,98 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deterministic"),
 ]
 
+DEVICE = "cuda"
 BACKEND = "triton"
-KINDS = (("parallel", torch.float32), (BACKEND, torch.float32), (BACKEND, torch.bfloat16))
-SEEDS = 5
+BATCH, STEPS, SEEDS = 64, 200, 5
 SAME_WEIGHTS_AT = (0, 50, 100, 200)
 TOGETHER = 50  # steps over which two trainings from one seed agree; later they part by chaos
+LAST = 20  # steps over which a final loss is the mean
+
+
+class Training(NamedTuple):
+    losses: list[float]
+    weights: dict[int, dict[str, torch.Tensor]]  # by step, where asked for
+
+    @property
+    def final(self):
+        return statistics.fmean(self.losses[-LAST:])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_arithmetic():
-    with nano_training.exact_arithmetic():
+    """TF32 off, and cuDNN and torch deterministic wherever they can be."""
+    precision, fill = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory is poisoned in the kernels' own tests; here whole trainings run."""
+
+
+def data(seed):
+    root = os.environ.get("MSV_FASHION_ROOT")
+    if root:
+        return FashionMNIST(root, download=False, image_size=64, batch_size=BATCH, num_workers=0, seed=seed)
+    return Digits(image_size=32, batch_size=BATCH, seed=seed)
+
+
+def batches(seed):
+    """STEPS + 1 batches of a training, shuffled and augmented anew each epoch."""
+    module = data(seed)
+    module.setup("fit")
+    loader = module.train_dataloader()
+
+    def forever():
+        for epoch in itertools.count():
+            loader.sampler.set_epoch(epoch)
+            yield from loader
+
+    return [tuple(t.to(DEVICE) for t in batch) for batch in itertools.islice(forever(), STEPS + 1)]
+
+
+def make_network(backend, seed):
+    torch.manual_seed(seed)
+    return timm.create_model("msvmamba_nano", num_classes=10, in_chans=1, backend=backend).to(DEVICE).train()
+
+
+def autocast(precision):
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def loss_of(network, batch, step, precision=torch.float32):
+    """The loss of a step, whose dropped paths depend on the step alone."""
+    images, labels = batch
+    torch.manual_seed(step)
+    with autocast(precision):
+        return F.cross_entropy(network(images), labels)
+
+
+def train(backend, seed, precision=torch.float32, keep=()):
+    """Trains with captured steps, since the parallel scan launches so much that a host takes minutes."""
+    network, made = make_network(backend, seed), batches(seed)
+    with autocast(precision):
+        capture_training(network, made[0][0])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+    losses, weights = [], {}
+    for step, batch in enumerate(made):
+        if step in keep:
+            weights[step] = copy.deepcopy(network.state_dict())
+        if step == STEPS:
+            break
+        loss = loss_of(network, batch, step, precision)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return Training(torch.stack(losses).tolist(), weights)
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +136,6 @@ def summary():
     print(f"\n{text}")
     if out := os.environ.get("MSV_AGREEMENT_OUT"):
         Path(out).write_text(f"{text}\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def others():
-    """The final losses to come of the trainings that `trajectory` and `follower` are not.
-
-    They run beside each other and beside the tests, since a host launches such small steps more slowly than a GPU runs
-    them.
-    """
-    runs = [(*kind, seed) for kind, seed in itertools.product(KINDS, range(SEEDS))]
-    runs = [run for run in runs if run not in ((kind, torch.float32, 0) for kind in ("parallel", BACKEND))]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1), spawn) as pool:
-        yield {run: pool.submit(final_loss, run[0], run[2], run[1]) for run in runs}
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +192,12 @@ def test_trainings_from_one_seed_stay_together(trajectory, follower, summary):
     assert statistics.fmean(trajectory.losses[-LAST:]) < 0.8 * trajectory.losses[0]  # it has learnt something
 
 
-def test_final_losses_over_seeds(trajectory, follower, others, summary):
-    known = {("parallel", torch.float32, 0): trajectory.final, (BACKEND, torch.float32, 0): follower.final}
-    known |= {which: training.result() for which, training in others.items()}
+def test_final_losses_over_seeds(trajectory, follower, summary):
+    others = range(1, SEEDS)
     finals = {
-        f"{backend}-{str(precision).removeprefix('torch.')}": [known[backend, precision, seed] for seed in range(SEEDS)]
-        for backend, precision in KINDS
+        "parallel-float32": [run.final for run in (trajectory, *(train("parallel", seed) for seed in others))],
+        f"{BACKEND}-float32": [run.final for run in (follower, *(train(BACKEND, seed) for seed in others))],
+        f"{BACKEND}-bf16": [train(BACKEND, seed, torch.bfloat16).final for seed in range(SEEDS)],
     }
     found = summary["final_losses"] = {
         name: {
