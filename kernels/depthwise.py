@@ -152,7 +152,9 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:3])
 
 
-def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple:
+def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
+    if dy is None:
+        return (None,) * 7
     return (*_depthwise_conv_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 

@@ -261,6 +261,8 @@ def _normalised(y: Tensor | None, kept: Tensor, summed: bool) -> Tensor | None:
 
 
 def _route_gradients(ctx: Any, dm: Tensor | None, dmeans: Any, *_: Any) -> tuple:
+    if dm is None and dmeans is None:
+        return (None,) * 12
     if dm is None:  # only the means were used
         dm = dmeans.new_zeros(ctx.shape)
     found = iter(_merge_routes_backward(dm, dmeans, *ctx.saved_tensors, ctx.eps))

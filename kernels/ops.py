@@ -310,13 +310,17 @@ def _keep_2d(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradients_1d(scan_backward: Callable, ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple:
     saved, *tensors = ctx.saved_tensors
+    if dy is None and dlast is None:
+        return (None,) * (len(tensors) + len(ctx.options))
     if dy is None:
         dy = torch.zeros_like(tensors[0])
     given = iter(g for g in scan_backward(dy, dlast, saved, *tensors, *ctx.options) if g is not None)
     return (*(None if t is None else next(given) for t in tensors), *(None for _ in ctx.options))
 
 
-def _gradients_2d(scan_backward: Callable, ctx: Any, dy: Tensor) -> tuple:
+def _gradients_2d(scan_backward: Callable, ctx: Any, dy: Tensor | None) -> tuple:
+    if dy is None:
+        return (None,) * (len(ctx.saved_tensors) - 1 + len(ctx.options))
     return (*scan_backward(dy, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options))
 
 
@@ -324,7 +328,7 @@ def _autograd_1d(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> 
     return _gradients_1d(_scan_1d_backward, ctx, dy, dlast)
 
 
-def _autograd_2d(ctx: Any, dy: Tensor, _: None) -> tuple:
+def _autograd_2d(ctx: Any, dy: Tensor | None, _: None) -> tuple:
     return _gradients_2d(_scan_2d_backward, ctx, dy)
 
 
@@ -360,7 +364,7 @@ class _Parallel2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple:
         return _gradients_2d(parallel.selective_scan_2d_backward, ctx, dy)
 
 

@@ -52,8 +52,8 @@ def random_step(
         ValueError: training in fp16, whose gradients vanish unless the loss is scaled; or CUDA graphs without a GPU.
     """
     device, dtype = next(network.parameters()).device, PRECISIONS[precision]
-    if mode == "graphs" and device.type != "cuda":
-        raise ValueError(f"mode graphs: a {device.type} has no CUDA graphs; expected eager or compiled there")
+    if "graphs" in mode and device.type != "cuda":
+        raise ValueError(f"mode {mode}: a {device.type} has no CUDA graphs; expected eager or compiled there")
     if task == "inference":
         return inference_step(network.to(dtype), torch.randn(shape, device=device, dtype=dtype), mode)
     if dtype is torch.float16:

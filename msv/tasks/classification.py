@@ -128,7 +128,8 @@ class Classification(pl.LightningModule):
         self.head_left_out = pretrained is not None and load_pretrained(self.network, pretrained, drop_head)
         if compile:  # in place, so that the module and its names stay
             self.network.compile(mode="reduce-overhead" if cuda_graphs else None)
-        self.compiled, self.cuda_graphs, self._captured = compile, cuda_graphs, False
+        self.compiled, self.cuda_graphs = compile, cuda_graphs
+        self._captured: list[bool] | None = None  # which parameters are trained in what was captured
         self.mix = self.configure_mixup()
         self.train_loss = self.configure_loss()
         self.eval_loss = nn.CrossEntropyLoss()
@@ -214,13 +215,12 @@ class Classification(pl.LightningModule):
             trainer.limit_train_batches = batches - batches % count
 
     def on_fit_start(self) -> None:
-        """Refuse what cannot be captured, now that it is known how many batches make a step."""
-        self._check_capture(self.trainer)
+        """Give up what a training that failed may have captured."""
+        self._release()
 
     def on_fit_end(self) -> None:
         """Give up what was captured."""
-        release(self.network)
-        self._captured = False
+        self._release()
 
     def actual_batch_size(self) -> int:
         """Images of one optimizer step over all devices."""
@@ -235,16 +235,21 @@ class Classification(pl.LightningModule):
         """Raise a ValueError for what cannot be trained with this trainer and data, before anything is."""
         check_epochs(trainer.max_epochs, self.warmup_epochs)
         check_mixing(self.mix, data.batch_size)
-        self._check_capture(trainer)
+        batches = trainer.accumulate_grad_batches
         if self.global_batch_size is not None:
-            accumulation(self.global_batch_size, data.batch_size, trainer.world_size)
+            batches = accumulation(self.global_batch_size, data.batch_size, trainer.world_size)
             check_accumulation_free(trainer.accumulate_grad_batches, None, self.global_batch_size)
+        self._check_capture(trainer, batches)
 
     def on_train_epoch_start(self) -> None:
         """Seed mixup, drop path and dropout from (seed, epoch, rank), so that a resumed run equals a straight one.
 
-        The epoch's mean loss begins, too, which stays on the device.
+        The epoch's mean loss begins, too, which stays on the device. What callbacks have set of this epoch by now, such
+        as the layers that are frozen, is captured anew.
         """
+        self._check_capture(self.trainer, self.trainer.accumulate_grad_batches)
+        if self._captured != self._trained():
+            self._release()
         state = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank]).generate_state(3)
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))
@@ -273,9 +278,9 @@ class Classification(pl.LightningModule):
         if self.mix is not None:
             check_mixing(self.mix, len(images))
             images, targets = self.mix(images, labels)
-        if self.cuda_graphs and not (self.compiled or self._captured):
+        if self.cuda_graphs and not self.compiled and self._captured is None:
             capture_training(self.network, images)
-            self._captured = True
+            self._captured = self._trained()
         loss = self.train_loss(self(images), targets)
         self.latch.update(self.global_step, loss, images)
         self._loss = loss.detach()
@@ -341,7 +346,14 @@ class Classification(pl.LightningModule):
         self.log(f"{split}_loss", loss, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.log_dict(dict(metrics.items()), on_epoch=True, batch_size=len(images), prog_bar=split == "val")
 
-    def _check_capture(self, trainer: pl.Trainer) -> None:
+    def _trained(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self.network.parameters()]
+
+    def _release(self) -> None:
+        release(self.network)
+        self._captured = None
+
+    def _check_capture(self, trainer: pl.Trainer, batches: int) -> None:
         if not self.cuda_graphs:
             return
         if trainer.strategy.root_device.type != "cuda":
@@ -352,12 +364,12 @@ class Classification(pl.LightningModule):
         if self.compiled:
             return  # torch.compile makes its own, and knows what it cannot capture
         for what, number in (
-            ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches), ("devices", trainer.world_size)
+            ("trainer.accumulate_grad_batches", batches), ("devices", trainer.world_size)
         ):  # fmt: skip
             if number > 1:
                 raise ValueError(
                     f"model.cuda_graphs=true beside {what}={number}: expected 1, since a step's gradients lie where "
-                    "those of the one before did; set model.compile=true too, or model.cuda_graphs=false"
+                    "those of the one before did; set model.cuda_graphs=false"
                 )
         if any(getattr(module, "grad_checkpointing", False) for module in self.network.modules()):
             raise ValueError(

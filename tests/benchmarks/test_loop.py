@@ -103,9 +103,10 @@ def test_modes_compile_as_torch_knows_it(mode, options, monkeypatch):
     assert steps._run_as("network", mode) == ("network", options)
 
 
-def test_no_cuda_graphs_without_a_gpu():
-    with pytest.raises(ValueError, match="mode graphs: a cpu has no CUDA graphs; expected eager or compiled there"):
-        steps.random_step(torch.nn.Linear(3, 2), (1, 3, 32, 32), 2, "inference", "graphs", "float32")
+@pytest.mark.parametrize("mode", ["graphs", "compiled-graphs"])
+def test_no_cuda_graphs_without_a_gpu(mode):
+    with pytest.raises(ValueError, match=f"mode {mode}: a cpu has no CUDA graphs; expected eager or compiled there"):
+        steps.random_step(torch.nn.Linear(3, 2), (1, 3, 32, 32), 2, "inference", mode, "float32")
 
 
 def test_what_is_given_wins_over_quick():

@@ -74,7 +74,7 @@ def test_compiled_is_eager(make_1d, make_2d, outputs_and_gradients, assert_agree
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_chooses_as_eager():
+def test_compiled_chooses_as_eager(monkeypatch):
     """That an export is another thing than a compiled call not all versions of torch know."""
 
     def exported(x):
@@ -83,11 +83,32 @@ def test_compiled_chooses_as_eager():
     def chosen(x):
         return x + (1 if settle_backend("auto", x, torch.float32) == "triton" else 0)
 
+    monkeypatch.setattr("msv.kernels.checks.runs_triton", lambda *_: True)  # as on a GPU
     zero = torch.zeros(1)
     assert torch.compile(exported, fullgraph=True, backend="eager")(zero) == 0
-    assert torch.compile(chosen, fullgraph=True, backend="eager")(zero) == chosen(zero)
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(zero) == chosen(zero) == 1
     with torch.no_grad():
         assert torch.export.export(Call(exported), (zero,)).module()(zero) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "parallel"])
+def test_no_gradient_of_outputs_is_none_of_inputs(make_1d, make_2d, backend):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    scans = (
+        (selective_scan, make_1d(length=2)),
+        (partial(selective_scan_2d, routes=SPLITS["1/3-half"], carry_state=True), make_2d(height=2, width=1)),
+    )
+    for scan, arguments in scans:
+        Nothing.apply(scan(**arguments, backend=backend)).sum().backward()
+        assert all(t.grad is None for t in arguments.values() if isinstance(t, torch.Tensor))
 
 
 class Call(torch.nn.Module):

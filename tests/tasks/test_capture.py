@@ -50,15 +50,47 @@ class OnGPU:
 @pytest.mark.parametrize("given", [{"accumulate_grad_batches": 4}, {"world_size": 2}], ids=str)
 def test_a_step_is_one_batch_on_one_gpu(given):
     name, number = {"accumulate_grad_batches": "trainer.accumulate_grad_batches", "world_size": "devices"}, [*given]
-    with pytest.raises(ValueError, match=rf"beside {name[number[0]]}={given[number[0]]}: expected 1, .*set model.comp"):
-        task()._check_capture(OnGPU(**given))
-    task(cuda_graphs=False)._check_capture(OnGPU(**given))
-    task()._check_capture(OnGPU())
+    check = Classification._check_capture
+    on_gpu, batches = OnGPU(**given), given.get("accumulate_grad_batches", 1)
+    with pytest.raises(
+        ValueError, match=rf"beside {name[number[0]]}={given[number[0]]}: expected 1, .*cuda_graphs=false"
+    ):
+        check(task(), on_gpu, batches)
+    check(task(cuda_graphs=False), on_gpu, batches)
+    check(task(), OnGPU(), 1)
+
+
+def test_a_training_that_failed_leaves_nothing_captured(monkeypatch):
+    captured = []
+
+    def capture(network, images):
+        captured.append([parameter.requires_grad for parameter in network.parameters()])
+        network.forward = network.forward
+
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("on purpose")
+
+    class Freeze(pl.Callback):
+        """Freezes the stem in the second epoch."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.network.stem.requires_grad_(trainer.current_epoch == 0)
+
+    monkeypatch.setattr("msv.tasks.classification.capture_training", capture)
+    monkeypatch.setattr(Classification, "_check_capture", lambda *_: None)
+    model, data = task(backend="parallel"), Digits(batch_size=4)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(accelerator="cpu", callbacks=[Fail()]).fit(model, datamodule=data)
+    assert "forward" in vars(model.network)
+    trainer(accelerator="cpu", callbacks=[Freeze()], limit_val_batches=0).fit(model, datamodule=data)
+    assert [all(found) for found in captured] == [True, True, False]
+    assert "forward" not in vars(model.network)
 
 
 def test_blocks_that_are_recomputed_cannot_be_captured():
     with pytest.raises(ValueError, match="beside grad_checkpointing=true, which cannot be captured; set one to false"):
-        task(grad_checkpointing=True)._check_capture(OnGPU())
+        task(grad_checkpointing=True)._check_capture(OnGPU(), 1)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
