@@ -100,13 +100,17 @@ def parallel(x: Tensor, weight: Tensor, bias: Tensor, stride: int, activation: s
             dtype = torch.float32
     y = F.conv2d(x.permute(0, 3, 1, 2).to(dtype), weight.to(dtype), bias.to(dtype), stride, size // 2, groups=channels)
     y = y.permute(0, 2, 3, 1).to(x.dtype)
-    return _activate(x + y if residual else y, activation)
+    if torch.is_grad_enabled():
+        return _activate(x + y if residual else y, activation)
+    return _activate(y.add_(x) if residual else y, activation, inplace=True)  # fresh memory costs more than the sums
 
 
-def _activate(y: Tensor, activation: str) -> Tensor:
+def _activate(y: Tensor, activation: str, inplace: bool = False) -> Tensor:
     if activation == "none":
         return y
-    return F.silu(y) if activation == "silu" else F.gelu(y)
+    if activation == "silu":
+        return F.silu(y, inplace)
+    return torch.ops.aten.gelu_(y) if inplace else F.gelu(y)
 
 
 # The registered operator: forward, backward, fake, autograd, FLOPs.

@@ -42,7 +42,7 @@ class _Sizes(NamedTuple):
     visit: int
 
 
-CPU = _Sizes(wide=8_192, in_step=32_768, visit=98_304)
+CPU = _Sizes(wide=4_096, in_step=32_768, visit=393_216)
 GPU = _Sizes(wide=2**24, in_step=2**20, visit=2**26)  # launches cost more than anything else
 
 
@@ -161,7 +161,7 @@ def walk_forward(lines: Lines, h: Tensor, skip: Tensor | None, y: Tensor, saved:
                 saved_part[number + 1] = after
             elif not in_step:
                 last[rows] = after
-            y_visit = _over_states(visit.C, of_visit)
+            y_visit = _over_states(visit.C, of_visit, spend=True)
             y_part[place] = y_visit if skip is None else y_visit.addcmul_(skip, visit.u)
     return last
 
@@ -195,9 +195,10 @@ def walk_backward(
 
             torch.mul(visit.C.unsqueeze(-1), dy_visit.unsqueeze(-2), out=dstates)
             order = _steps(visit)[::-1]
-            dstates[order[0]] += adjoint
+            decays, adjoints = decay.unbind(), dstates.unbind()
+            adjoints[order[0]].add_(adjoint)
             for later, i in pairwise(order):
-                torch.addcmul(dstates[i], decay[later], dstates[later], out=dstates[i])
+                adjoints[i].addcmul_(decays[later], adjoints[later])
 
             gradient.C.add_(torch.mul(states, dy_visit.unsqueeze(-2), out=scratch).sum(-1))
             gradient.B.add_(torch.mul(dstates, delta_u.unsqueeze(-2), out=scratch).sum(-1))
@@ -224,8 +225,9 @@ def _walk(visit: Lines, A2: Tensor, h: Tensor, decay: Tensor, states: Tensor) ->
     """Fills the decays and states of a visit, (steps, *P, N, D), and returns the state after it."""
     torch.mul(visit.delta.unsqueeze(-2), A2, out=decay).exp2_()
     torch.mul(visit.B.unsqueeze(-1), (visit.delta * visit.u).unsqueeze(-2), out=states)
+    decays, after = decay.unbind(), states.unbind()  # at once, since a view costs as much as a short step
     for i in _steps(visit):
-        h = torch.addcmul(states[i], decay[i], h, out=states[i])
+        h = after[i].addcmul_(decays[i], h)
     return h
 
 
@@ -280,9 +282,11 @@ def _visit_buffers(lines: Lines, steps: int, count: int) -> list[Tensor]:
     return [lines.u.new_empty(shape) for _ in range(count)]
 
 
-def _over_states(n: Tensor, h: Tensor) -> Tensor:
-    """Sum over N of n (..., N) times h (..., N, D)."""
-    return n * h.squeeze(-2) if h.shape[-2] == 1 else (n.unsqueeze(-2) @ h).squeeze(-2)
+def _over_states(n: Tensor, h: Tensor, spend: bool = False) -> Tensor:
+    """Sum over N of n (..., N) times h (..., N, D), which is overwritten with `spend`."""
+    if h.shape[-2] > 1:
+        return (n.unsqueeze(-2) @ h).squeeze(-2)
+    return h.squeeze(-2).mul_(n) if spend else h.squeeze(-2) * n
 
 
 def _stack(t: Tensor) -> Tensor:

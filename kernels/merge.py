@@ -163,12 +163,15 @@ def parallel(
     """By torch's LayerNorm and interpolation, in the dtypes that they choose."""
     found = []
     if y_full is not None:
-        found.append(F.layer_norm(y_full.sum(dim=1), y_full.shape[-1:], weight, bias, eps))
+        summed = y_full[:, 0] if y_full.shape[1] == 1 else y_full.sum(dim=1)
+        found.append(F.layer_norm(summed, y_full.shape[-1:], weight, bias, eps))
     if y_half is not None:
         routes = y_half.sum(dim=1, keepdim=True) if sum_first else y_half
         half = F.layer_norm(routes, routes.shape[-1:], weight_half, bias_half, eps).sum(dim=1)
         found.append(upsample(half, (height, width)))
-    m = found[0] + found[1] if len(found) == 2 else found[0]
+    m = found[0]
+    if len(found) == 2:
+        m = m + found[1] if torch.is_grad_enabled() else m.add_(found[1])
     return m, m.mean(dim=(1, 2)) if means else None
 
 
@@ -181,7 +184,10 @@ def reference_gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
 
 def parallel_gate(m: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
     """In the dtypes that torch chooses."""
-    return (m if scale is None else m * scale[:, None, None]) * F.silu(z)
+    if torch.is_grad_enabled() or m.dtype != z.dtype:
+        return (m if scale is None else m * scale[:, None, None]) * F.silu(z)
+    y = F.silu(z).mul_(m)  # in place, as fresh memory costs more than products
+    return y if scale is None else y.mul_(scale[:, None, None])
 
 
 # The registered operators: forward, backward, fake, autograd.

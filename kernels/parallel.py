@@ -133,7 +133,8 @@ def selective_scan_2d(
     dtype = state_dtype(x, x_dbl, dt_weight, A_log)
     out = x.new_empty(x.shape[0], len(routes), *x.shape[1:])
     skip, saved = D_skip.to(dtype), []
-    prepared = [_on_map(s, x, x_dbl, dt_weight, dt_bias, A_log, dtype)[0] for s in range(dt_weight.shape[0])]
+    weights = (x, x_dbl, dt_weight, dt_bias, A_log)
+    prepared = [_on_map(s, *weights, dtype, keep_raw=False)[0] for s in range(dt_weight.shape[0])]
     for sequence in sequences(tuple(s for _, s in routes), carry_state):
         h = skip.new_zeros(x.shape[0], A_log.shape[2], x.shape[3])
         for route in sequence:
@@ -220,13 +221,16 @@ def _on_map(
     dt_bias: Tensor,
     A_log: Tensor,
     dtype: torch.dtype,
+    keep_raw: bool = True,
 ) -> tuple[Lines, Tensor]:
-    """The inputs of a weight set as rows of the map, and delta before its softplus, (B, H, W, D)."""
+    """The inputs of a weight set as rows of the map, and delta before its softplus, (B, H, W, D), if that is kept."""
     rank, d_state = dt_weight.shape[2], A_log.shape[2]
     dt_low, B, C = x_dbl[..., weight_set, :].to(dtype).split([rank, d_state, d_state], dim=-1)
     raw = F.linear(dt_low, dt_weight[weight_set].to(dtype), dt_bias[weight_set].to(dtype))
     A = -torch.exp(A_log[weight_set].to(dtype)).mT.contiguous()
-    return Lines(x.to(dtype), F.softplus(raw), A, B, C).apply(_map_lines), raw
+    # In place, as fresh memory costs as much as the softplus.
+    delta = F.softplus(raw) if keep_raw else torch.ops.aten.softplus.out(raw, out=raw)
+    return Lines(x.to(dtype), delta, A, B, C).apply(_map_lines), raw
 
 
 class _Group(NamedTuple):

@@ -14,10 +14,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from msv.ablation.markdown import NONE, pipe_table
+from msv.comparison.pages import page, place_section
 from msv.comparison.systems import find
 from msv.data.in_memory import InMemoryData, Labelled
 from msv.experiment import quiet
-from msv.kept import FAILED, Row
+from msv.files import write_atomic
+from msv.kept import FAILED, Row, place
 from msv.profiling import networks
 from msv.profiling.commands import add_options, checked_device, command_line, kept_file, measure_all, say, wide_console
 from msv.profiling.devices import wait_for
@@ -117,7 +120,9 @@ def main(argv: Sequence[str]) -> int:
         found = measure_all(plan(device, options), measure, device, kept, command, options.again, console, overhead)
     for row in found.rows:
         say(console, told(row, options.quick))
-    say(console, f"written to {kept.path}")
+    written = kept.path.with_suffix(".md")
+    write_atomic(written, markdown(kept.read(), options.quick))
+    say(console, f"written to {kept.path} and {written}")
     return found.status
 
 
@@ -181,6 +186,35 @@ def fit_seconds(case: Case, device: torch.device) -> float:
         )  # fmt: skip
         trainer.fit(model, datamodule=data)
     return stopwatch.seconds / case.steps
+
+
+def markdown(rows: Sequence[Row], quick: bool = False) -> str:
+    """The kept rows as a page: for each place a table, its bars unless they are quick ones, and what measured it."""
+    head = [
+        ("bare", "milliseconds of a step made by hand on one batch that lies on the device: forward, cross-entropy, "
+         "backward, optimizer; the median of rounds"),
+        ("fit", "of a step of `python cli.py fit` on a data set in memory, with logging, schedule, history and moving "
+         "average; rounds of both are taken in turns"),
+        ("overhead", "how much longer the second takes than the first, at the median of rounds"),
+    ]  # fmt: skip
+    places = dict.fromkeys(place(row) for row in rows)
+    sections = (_section([row for row in rows if place(row) == one], quick) for one in places)
+    return page("What the training loop adds to a step", head, *sections)
+
+
+def _section(rows: Sequence[Row], quick: bool) -> str:
+    lines = []
+    for row in rows:
+        setting = f"{row['batch']}, {row['size']}×{row['size']}"
+        about = [f"`{row['model']}`", row["mode"], row["precision"], setting, f"{row['rounds']} of {row['steps']}"]
+        if row["status"] == FAILED:
+            lines.append([*about, "failed", NONE, NONE])
+        else:
+            lines.append([*about, *(f"{float(row[name]):.4g}" for name in ("step_ms", "fit_ms")), overhead(row)])
+    table = pipe_table(["network", "mode", "precision", "batch", "rounds", "bare", "fit", "overhead"], lines, 5)
+    done = [told(row, quick) for row in rows if row["status"] != FAILED]
+    failed = [told(row, quick) for row in rows if row["status"] == FAILED]
+    return place_section(rows, table, Bars=[] if quick else done, Failed_rows=failed)
 
 
 def told(row: Row, quick: bool) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from msv.ablation.markdown import NONE, pipe_table
 from msv.ablation.paper import TABLE_6
-from msv.comparison.pages import page, told_place
+from msv.comparison.pages import page, place_section
 from msv.comparison.systems import REFERENCE, SWIN, find, order
 from msv.comparison.throughput import ratio_to_reference
 from msv.files import write_atomic
@@ -109,9 +109,6 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _section(rows: Sequence[Row]) -> str:
-    first = rows[0]
-    commands = dict.fromkeys(f"`{row['command']}`" for row in rows)
-    head = [("Machine", told_place(first)), ("Commit", first["commit"] or "unknown"), ("Command", ", ".join(commands))]
     heads = [f"*{name}*" if name in _NOT_MEASURED else name for name in HEADS]
     lines = [[f"`{row['model']}`", *(cell or NONE for cell in cells(row, rows))] for row in in_order(rows)]
     rivals = [
@@ -121,16 +118,8 @@ def _section(rows: Sequence[Row]) -> str:
         if row["ratio"]
     ]
     failed = [f"{_told(row)}: {row['error']}" for row in rows if row["status"] == FAILED]
-    parts = [
-        f"## {first['device'] or 'unknown device'}, commit {first['commit'] or 'unknown'}",
-        "\n".join(f"- **{label}**: {text}" for label, text in head),
-        pipe_table(["network", *heads], lines, 5),
-        *(
-            "\n".join([f"{title}:", "", *(f"- {line}" for line in listed)]) if listed else ""
-            for title, listed in (("Rivals", rivals), ("Bars", verdicts(rows)), ("Failed rows", failed))
-        ),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    table = pipe_table(["network", *heads], lines, 5)
+    return place_section(rows, table, Rivals=rivals, Bars=verdicts(rows), Failed_rows=failed)
 
 
 def _told(row: Row) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from msv.ablation.markdown import NONE, pipe_table
+from msv.comparison.pages import page, place_section
 from msv.comparison.systems import SWIN, find
 from msv.files import write_atomic
-from msv.kept import DONE, Row, number
+from msv.kept import DONE, FAILED, Row, number, place
 from msv.profiling import networks
 from msv.profiling.commands import add_options, checked_device, command_line, kept_file, measure_all, say, wide_console
 from msv.profiling.measuring import Effort, is_out_of_memory
@@ -22,7 +24,7 @@ from msv.profiling.steps import TASKS
 from msv.profiling.timing import torch_threads
 
 from .options import add_ways
-from .scaling_plot import Series, plot
+from .scaling_plot import AXES, Series, plot
 
 NETWORKS = ("msvmamba_nano", "msvmamba_tiny", SWIN)
 COLUMNS = (*KEY, "status", *MEASURED, "error", "command")
@@ -63,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
         say(console, line)
     picture = kept.path.with_suffix(".png")
     write_atomic(picture, plot(as_series(found), f"{where['device']}, torch {where['torch']}, {cases[0].precision}"))
-    say(console, f"written to {kept.path} and {picture}")
+    written = kept.path.with_suffix(".md")
+    write_atomic(written, markdown(kept.read()))
+    say(console, f"written to {kept.path}, {written} and {picture}")
     return outcome.status
 
 
@@ -96,6 +100,58 @@ def measure_case(case: Case, device: torch.device, effort: Effort) -> dict[str, 
 def told(row: Row) -> str:
     """What came of a cell."""
     return networks.speed(row) if row["status"] == DONE else row["status"]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The kept cells as a page: for each place tables of series, against batch and against size, and their growth."""
+    head = [
+        ("Cells", "images a second, measured here: of training steps (autocast in the precision named, cross-entropy, "
+         "fused AdamW) or of forwards (weights and images in it), of random images that lie on the device already, at "
+         f"the median time; or `{TOO_LARGE}`, where a step runs out of memory"),
+        ("Growth", "of a step's time with the pixels of an image: the slope between their logarithms, 1 in proportion"),
+    ]  # fmt: skip
+    places = dict.fromkeys(place(row) for row in rows)
+    return page("Scaling", head, *(_section([row for row in rows if place(row) == one]) for one in places))
+
+
+def _section(rows: Sequence[Row]) -> str:
+    cells = [(_case(row), row) for row in rows]
+    failed = [f"{case}: {row['error']}" for case, row in cells if row["status"] == FAILED]
+    tables, sized = [], []
+    for axis, fixed in (AXES, AXES[::-1]):
+        found: dict[Case, dict[int, Row]] = {}
+        for case, row in cells:
+            of_line = replace(case, batch=0) if axis == "batch" else replace(case, size=0)
+            found.setdefault(of_line, {})[getattr(case, axis)] = row
+        for value in sorted({getattr(case, fixed) for case, line in found.items() if len(line) > 1}):
+            lines = {case: line for case, line in found.items() if getattr(case, fixed) == value}
+            title = f"Against {axis}, " + (f"batch {value}" if fixed == "batch" else f"{value}×{value}")
+            tables.append(f"{title}:\n\n{_table(lines)}")
+        if axis == "size":
+            sized = [[(replace(case, size=x), line[x]) for x in sorted(line)] for case, line in found.items()]
+    return place_section(rows, "\n\n".join(tables), Growth=growth(sized), Failed_cells=failed)
+
+
+def _case(row: Row) -> Case:
+    batch, size = int(row["batch"]), int(row["size"])
+    return Case(row["model"], row["task"], row["mode"], row["precision"], batch, size)
+
+
+def _table(lines: Mapping[Case, Mapping[int, Row]]) -> str:
+    """Series as lines, a column for each batch or size."""
+    columns = sorted({x for line in lines.values() for x in line})
+    told = [
+        [
+            *(f"`{case.model}`", case.task, case.mode, case.precision),
+            *(_cell(line[x]) if x in line else NONE for x in columns),
+        ]
+        for case, line in lines.items()
+    ]
+    return pipe_table(["network", "task", "mode", "precision", *map(str, columns)], told, 4)
+
+
+def _cell(row: Row) -> str:
+    return f"{number(row, 'images_per_s'):,.1f}" if row["status"] == DONE else row["status"]
 
 
 def growth(found: Sequence[Sequence[tuple[Case, Row]]]) -> list[str]:
@@ -163,8 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cli.py benchmark scaling",
         description=f"Images a second against the batch, at {SIZE}×{SIZE}, and against the size of the images, at a "
-        "fixed batch; a CSV and a plot. A cell that does not fit in memory is shown as such. What is measured is kept "
-        "cell by cell: run again, and it goes on where it was.",
+        "fixed batch; a CSV, its page and a plot. A cell that does not fit in memory is shown as such. What is "
+        "measured is kept cell by cell: run again, and it goes on where it was.",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help=f"models (default: {', '.join(NETWORKS)})"

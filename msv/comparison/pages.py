@@ -16,6 +16,31 @@ def page(title: str, head: Sequence[tuple[str, str]], *parts: str) -> str:
     return "\n\n".join(part for part in (f"# {title}", told, *parts) if part) + "\n"
 
 
+def place_section(rows: Sequence[Mapping[str, str]], table: str, **lists: Sequence[str]) -> str:
+    """What was measured in one place: where, and by which commands; a table, and lists under their titles.
+
+    Args:
+        rows: kept ones, all of that place.
+        table: what it says of them.
+        lists: by title, with `_` for a space; empty ones are left out.
+    """
+    first = rows[0]
+    commands = dict.fromkeys(f"`{row['command']}`" for row in rows)
+    commit = first["commit"] or "unknown"
+    head = [("Machine", told_place(first)), ("Commit", commit), ("Command", ", ".join(commands))]
+    parts = [
+        f"## {first['device'] or 'unknown device'}, commit {commit}",
+        "\n".join(f"- **{label}**: {text}" for label, text in head),
+        table,
+        *(
+            "\n".join([f"{title.replace('_', ' ')}:", "", *(f"- {line}" for line in listed)])
+            for title, listed in lists.items()
+            if listed
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
 def told_place(row: Mapping[str, str]) -> str:
     """Where a kept row was measured, in words; its commit is told apart."""
     found: dict[str, str | int] = {name: row[name] for name in ENVIRONMENT if row[name]}

@@ -8,7 +8,41 @@ from torch import Tensor, nn
 from msv.kernels import Activation, Backend, depthwise_conv
 
 
-class PointwiseConv(nn.Linear):
+def map_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A Linear over the channels of a map: (B, H, W, C), weight (O, C) and bias (O,) to (B, H, W, O)."""
+    if not infers_on_cpu(x) or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    # torch's convolutions are oneDNN's, its products MKL's, which on AMD's processors take twice as long.
+    return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+
+
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether what is computed of x runs now, on a CPU, and keeps nothing for a backward."""
+    return x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+class MapLinear(nn.Linear):
+    """A Linear over the channels of a channels-last map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return map_linear(x, self.weight, self.bias)
+
+
+class SplitLinear(nn.Linear):
+    """A Linear without bias over the channels of a channels-last map, that returns its outputs as two maps."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if infers_on_cpu(x):  # where a convolution copies what does not lie together
+            first, second = (map_linear(x, weight) for weight in self.weight.chunk(2))
+        else:
+            first, second = F.linear(x, self.weight).chunk(2, dim=-1)
+        return first, second
+
+
+class PointwiseConv(MapLinear):
     """A 1×1 convolution of a channels-last map; a Linear that keeps a convolution's initial values."""
 
 
@@ -53,7 +87,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.reduction = MapLinear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_even(x)

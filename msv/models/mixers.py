@@ -8,12 +8,11 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msv.kernels import ROUTES, Backend, gate, merge_routes, selective_scan_2d
 
-from .layers import DepthwiseConv, SqueezeExcite
+from .layers import DepthwiseConv, MapLinear, SplitLinear, SqueezeExcite, map_linear
 
 
 class S6(nn.Module):
@@ -63,7 +62,7 @@ class S6(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, D) to (B, K, H, W, D), each of K routes put back on the map."""
-        x_dbl = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])
+        x_dbl = map_linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])
         weights = (self.dt_weight, self.dt_bias, self.A_log, self.D_skip)
         return selective_scan_2d(x, x_dbl, *weights, self.routes, self.carry_state, backend=self.backend)
 
@@ -93,9 +92,9 @@ class TokenMixer(nn.Module):
     def __init__(self, dim: int, se: bool, backend: Backend) -> None:
         super().__init__()
         self.backend = backend
-        self.in_proj = nn.Linear(dim, 4 * dim, bias=False)
+        self.in_proj = SplitLinear(dim, 4 * dim)
         self.se = SqueezeExcite(2 * dim) if se else nn.Identity()
-        self.out_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.out_proj = MapLinear(2 * dim, dim, bias=False)
 
     @property
     def wants_means(self) -> bool:
@@ -107,7 +106,7 @@ class TokenMixer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = self.in_proj(x)
         m, means = self.scan(x)
         scale = None if means is None else self.se(means)
         return self.out_proj(gate(m, scale, z, backend=self.backend))

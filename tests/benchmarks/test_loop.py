@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msv.benchmarks import command, loop
-from msv.benchmarks.loop import COLUMNS, RandomImages, plan, told
+from msv.benchmarks.loop import COLUMNS, RandomImages, markdown, plan, told
 from msv.kept import ENVIRONMENT
 from msv.profiling import networks, steps
 
@@ -26,7 +26,7 @@ def small(monkeypatch):
 
 def run(folder, *options):
     status = command.main(["loop", "--device", "cpu", "--threads", "1", "--out", str(folder), *options])
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.csv")
     with path.open(newline="") as file:
         return status, path.name, list(csv.DictReader(file))
 
@@ -41,6 +41,8 @@ def test_a_step_of_fit_is_timed_beside_a_bare_one(tmp_path, small, capsys, clean
     assert float(row["fit_ms"]) > float(row["step_ms"]) > 0
     assert float(row["overhead"]) > 0.03
     assert "MISSED: msvmamba_nano, eager, float32, 2 of 32×32: a step of fit takes" in capsys.readouterr().out
+    page = (tmp_path / "loop_cpu.md").read_text()
+    assert "- MISSED: msvmamba_nano, eager" in page and f"`{row['command']}`" in page
     assert run(tmp_path, "--steps", "3", "--rounds", "2", "--batch", "2")[2] == rows
     # A shorter run is not taken for it, nor takes its place.
     longer = run(tmp_path, "--steps", "3", "--rounds", "3", "--batch", "2")[2]
@@ -80,6 +82,22 @@ def test_the_plan_of_a_gpu():
         (224, "eager"), (224, "compiled"), (64, "eager"), (64, "compiled")
     ]  # fmt: skip
     assert {(case.batch, case.precision) for case in cases} == {(128, "bf16")}
+
+
+def test_the_page():
+    done = dict.fromkeys((*COLUMNS, *ENVIRONMENT), "") | {"model": "m", "mode": "eager", "precision": "bf16"}
+    done |= {"batch": "128", "size": "224", "steps": "50", "rounds": "5", "status": "done", "device": "H100"}
+    done |= {"step_ms": "100", "fit_ms": "102.5", "overhead": "0.025", "command": "python cli.py benchmark loop"}
+    failed = done | {"model": "n", "status": "failed", "error": "no", "step_ms": "", "fit_ms": "", "overhead": ""}
+    found = markdown([done, failed])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines() if line.startswith("| `")]
+    assert lines == [
+        ["`m`", "eager", "bf16", "128, 224×224", "5 of 50", "100", "102.5", "+2.5%"],
+        ["`n`", "eager", "bf16", "128, 224×224", "5 of 50", "failed", "–", "–"],
+    ]
+    assert "Bars:\n\n- met: m, eager, bf16, 128 of 224×224: a step of fit takes 102.5 ms" in found
+    assert "Failed rows:\n\n- n, eager, bf16, 128 of 224×224: failed: no" in found
+    assert "Bars:" not in markdown([done], quick=True)
 
 
 def test_images_for_so_many_batches():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msv.benchmarks import command, scaling
-from msv.benchmarks.scaling import COLUMNS, as_series, exponent, growth, series
+from msv.benchmarks.scaling import COLUMNS, as_series, exponent, growth, markdown, series
 from msv.benchmarks.scaling_plot import Series, plot
 from msv.comparison.systems import SWIN
 from msv.kept import ENVIRONMENT
@@ -47,6 +47,8 @@ def test_cells_are_kept_and_those_too_large_are_no_failure(tmp_path, small, caps
     assert tuple(rows[0]) == (*COLUMNS, *ENVIRONMENT)
     assert (rows[2]["images_per_s"], rows[2]["error"]) == ("", "")
     assert (tmp_path / "scaling_cpu.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "scaling_cpu.md").read_text()
+    assert "Against batch, 224×224:" in page and "Against size, batch 1:" in page and f"`{rows[0]['command']}`" in page
     printed = capsys.readouterr().out
     assert "msvmamba_nano, inference, eager, batch 1: time grows as pixels to the power of" in printed
     assert "does not fit" in printed
@@ -118,6 +120,36 @@ def test_growth_and_lines_are_of_the_cells_that_fit():
     assert batches.points[-1] == (128, 128.0)
     assert batches.too_large == (256, 512)
     assert (sizes.axis, sizes.fixed, sizes.too_large) == ("size", 32, (640, 768, 896, 1024))
+
+
+def test_the_page():
+    def row(batch, size, status="done", mode="eager", **columns):
+        found = dict.fromkeys((*COLUMNS, *ENVIRONMENT), "")
+        found |= {"model": "m", "task": "training", "mode": mode, "precision": "bf16", "batch": batch, "size": size}
+        found |= {"status": status, "device": "H100", "command": "python cli.py benchmark scaling"}
+        if status == "done":
+            found |= {"images_per_s": "1000", "step_ms": str(int(size) ** 2)}
+        return found | columns
+
+    rows = [row("1", "224"), row("2", "224", "does not fit"), row("1", "448"), row("1", "896", "failed", error="no")]
+    rows += [row("1", "224", mode="compiled"), row("1", "224", device="another")]
+    found = markdown(rows)
+    assert found.count("\n## ") == 2
+    first = found.partition("## another")[0].splitlines()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first if line.startswith(("| n", "| `"))]
+    heads = ["network", "task", "mode", "precision"]
+    assert lines[:3] == [
+        [*heads, "1", "2"],
+        ["`m`", "training", "eager", "bf16", "1,000.0", "does not fit"],
+        ["`m`", "training", "compiled", "bf16", "1,000.0", "–"],
+    ]
+    assert lines[3:] == [
+        [*heads, "224", "448", "896"],
+        ["`m`", "training", "eager", "bf16", "1,000.0", "1,000.0", "failed"],
+        ["`m`", "training", "compiled", "bf16", "1,000.0", "–", "–"],
+    ]
+    assert "Growth:\n\n- m, training, eager, batch 1: time grows as pixels to the power of 1.00 from 224" in found
+    assert "Failed cells:\n\n- m, training, eager, bf16, 1 of 896×896: no" in found
 
 
 def test_the_same_numbers_give_the_same_picture():

@@ -62,6 +62,22 @@ def test_parameters_of_the_papers_rows(params, arguments):
         assert parameters(MSVMamba(**arguments)) == params
 
 
+@pytest.mark.parametrize("threads", [1, 2])  # of which torch chooses its convolutions
+@pytest.mark.parametrize("toggles", [{}, {"full_scans": 4, "se": False}, {"downsample": "conv"}], ids=str)
+def test_inference_on_a_cpu_finds_what_training_does(make_small, toggles, threads):
+    network, images = make_small(**toggles).eval(), torch.randn(2, 3, 64, 96)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = network(images)
+        with torch.inference_mode():
+            found = network(images)
+    finally:
+        torch.set_num_threads(before)
+    assert expected.requires_grad and not found.requires_grad
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (65, 97), (32, 128), (70, 40)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("full_scans", range(5))
 def test_any_size_from_32_up(make_small, full_scans, size):
