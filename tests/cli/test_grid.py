@@ -436,3 +436,21 @@ def test_what_follows_the_data_is_not_taken_from_the_command_line(run, tmp_path,
     status, _, err = run(*fit(tmp_path / "results", word, "3"))
     assert status == 2
     assert f"{word}: the channels and classes of the network follow the data" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--grid.workers", "0"], "grid.workers is 0; expected how many runs train side by side, from 1 up"),
+        (
+            ["--grid.workers", "2", "--trainer.devices", "2"],
+            "grid.workers=2 and 2 devices a run (trainer.devices, trainer.num_nodes): runs side by side share one "
+            "device; set one of them to 1",
+        ),
+    ],
+)
+def test_workers_that_cannot_be(run, tmp_path, words, error):
+    status, _, err = run(*fit(tmp_path / "results", *words))
+    assert status == 2
+    assert error in err
+    assert not list((tmp_path / "results").glob("*/*/*"))

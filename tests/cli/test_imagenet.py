@@ -25,8 +25,6 @@ assert spec.loader is not None
 cli = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cli)
 
-pytestmark = pytest.mark.xdist_group("imagenet")  # the two runs are shared
-
 IMAGES = 1024  # of training: one step of an epoch at the published batch
 
 

@@ -29,7 +29,6 @@ from msv.models.capture import capture_training
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.xdist_group("training_agreement"),
     pytest.mark.filterwarnings("ignore:.*deterministic"),
 ]
 
