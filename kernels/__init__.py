@@ -8,6 +8,7 @@ Knows torch (and triton), nothing of the rest of msv. Start reading at `referenc
 from .checks import Backend
 from .depthwise import Activation, depthwise_conv
 from .merge import gate, merge_routes
+from .norm import add_branch, add_norm
 from .ops import flops_1d, flops_2d, selective_scan, selective_scan_2d
 from .routes import ROUTES
 
@@ -15,6 +16,8 @@ __all__ = [
     "ROUTES",
     "Activation",
     "Backend",
+    "add_branch",
+    "add_norm",
     "depthwise_conv",
     "flops_1d",
     "flops_2d",
