@@ -1,4 +1,4 @@
-"""What a mixer does between its projections: scans, depthwise convolutions, the merge and the gate, and nothing else.
+"""What a block does between its projections: scans, depthwise convolutions, merge, gate, residual sums and norms.
 
 As defined, in torch, and in Triton, as operators.
 
