@@ -1,4 +1,4 @@
-"""What a mixer does between its projections: scans, depthwise convolutions, the merge and the gate, and nothing else.
+"""What a block does between its projections: scans, depthwise convolutions, merge, gate, residual sums and norms.
 
 As defined, in torch, and in Triton, as operators.
 
@@ -8,6 +8,7 @@ Knows torch (and triton), nothing of the rest of msv. Start reading at `referenc
 from .checks import Backend
 from .depthwise import Activation, depthwise_conv
 from .merge import gate, merge_routes
+from .norm import add_branch, add_norm
 from .ops import flops_1d, flops_2d, selective_scan, selective_scan_2d
 from .routes import ROUTES
 
@@ -15,6 +16,8 @@ __all__ = [
     "ROUTES",
     "Activation",
     "Backend",
+    "add_branch",
+    "add_norm",
     "depthwise_conv",
     "flops_1d",
     "flops_2d",

@@ -8,6 +8,7 @@ BENCHMARKS = {
     "scan": ("msv.profiling.benchmark", "the scan's time and memory"),
     "depthwise": ("msv.profiling.depthwise", "the depthwise convolutions, beside torch's and a copy"),
     "merge": ("msv.profiling.merge", "what follows the scans, beside torch's and a copy"),
+    "norm": ("msv.profiling.norm", "residual sums and their LayerNorm, beside torch's and a copy"),
     "network": ("msv.benchmarks.network", "a training step and inference of whole networks, beside Swin and ConvNeXt"),
     "scaling": ("msv.benchmarks.scaling", "images a second against batch and image size, with a plot"),
     "loop": ("msv.benchmarks.loop", "what the training loop adds to a step"),

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from msv.kernels import Activation, Backend, depthwise_conv
+from msv.kernels import Activation, Backend, add_norm, depthwise_conv
 
 
 def map_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,6 +61,23 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise_conv(x, self.weight, self.bias, *options, backend=self.backend)
 
 
+class AddNorm(nn.LayerNorm):
+    """The sum of a map and a branch, and its LayerNorm over channels: what a residual network does between its layers.
+
+    Under autocast the norm has autocast's dtype on a GPU, for the product that reads it.
+    """
+
+    def __init__(self, channels: int, backend: Backend = "auto") -> None:
+        super().__init__(channels, eps=1e-5)
+        self.backend = backend
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None = None, factors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Maps x and branch (B, H, W, C), and factors (B,) of the branch, to x + factors ∘ branch and its LayerNorm."""
+        return add_norm(x, branch, factors, self.weight, self.bias, self.eps, backend=self.backend)
+
+
 class Stem(nn.Module):
     """Conv 4×4, stride 4, and LayerNorm: images (B, C, H, W) to a map (B, H//4, W//4, dim) (Table 7)."""
 
@@ -84,15 +101,16 @@ def pad_to_even(x: Tensor) -> Tensor:
 class PatchMerging(nn.Module):
     """(B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C) from the four pixels of each 2×2 patch (published)."""
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    def __init__(self, dim: int, out_dim: int, backend: Backend = "auto") -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.norm = AddNorm(4 * dim, backend)
         self.reduction = MapLinear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_even(x)
-        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1)
-        return self.reduction(self.norm(x))
+        x = pad_to_even(x).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # of a patch the left column, then the right one
+        _, x = self.norm(x)
+        return self.reduction(x)
 
 
 class ConvDownsample(nn.Module):

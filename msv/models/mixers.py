@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from msv.kernels import ROUTES, Backend, gate, merge_routes, selective_scan_2d
 
-from .layers import DepthwiseConv, MapLinear, SplitLinear, SqueezeExcite, map_linear
+from .layers import AddNorm, DepthwiseConv, MapLinear, SplitLinear, SqueezeExcite, map_linear
 
 
 class S6(nn.Module):
@@ -223,5 +223,5 @@ def dt_rank(dim: int) -> int:
 def use_backend(network: nn.Module, backend: Backend) -> None:
     """Has all operators of a network run by another backend than it was built with."""
     for module in network.modules():
-        if isinstance(module, (DepthwiseConv, S6, TokenMixer)):
+        if isinstance(module, (AddNorm, DepthwiseConv, S6, TokenMixer)):
             module.backend = backend

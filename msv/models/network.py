@@ -8,8 +8,9 @@ Names: C channels of a map, D = 2·C channels inside a token mixer, N = d_state.
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
@@ -18,32 +19,59 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from msv.kernels import Backend
+from msv.kernels import Backend, add_branch
 from msv.toggles import idle_toggles
 
 from .checkpoint_file import is_published, read_checkpoint, warn_not_finite
-from .layers import ConvDownsample, ConvFFN, PatchMerging, Stem, init_weights
+from .layers import AddNorm, ConvDownsample, ConvFFN, PatchMerging, Stem, init_weights
 from .mixers import MS2D, SS2D, TokenMixer
 
 MIN_SIZE = 32
 
 
+class Residual(NamedTuple):
+    """A map x + factors ∘ branch, whose sum is left to the LayerNorm that reads it, which does both in one visit.
+
+    Attributes:
+        x: (B, H, W, C).
+        branch: (B, H, W, C); None where there is nothing to add.
+        factors: of the branch, one an image, (B,), drawn by stochastic depth; None for 1.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    factors: Tensor | None = None
+
+
 class Block(nn.Module):
-    """x + DropPath(mixer(LN(x))), and with a channel mixer x + DropPath(ffn(LN(x))): VSS or MS3 block (Fig. 5)."""
+    """x + DropPath(mixer(LN(x))), and with a channel mixer x + DropPath(ffn(LN(x))): VSS or MS3 block (Fig. 5).
 
-    def __init__(self, dim: int, mixer: TokenMixer, ffn: ConvFFN | None, drop_path_rate: float) -> None:
+    It takes the parts of a `Residual`, and returns one.
+    """
+
+    def __init__(
+        self, dim: int, mixer: TokenMixer, ffn: ConvFFN | None, drop_path_rate: float, backend: Backend = "auto"
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm1 = AddNorm(dim, backend)
         self.mixer = mixer
-        self.norm2 = None if ffn is None else nn.LayerNorm(dim, eps=1e-5)
+        self.norm2 = None if ffn is None else AddNorm(dim, backend)
         self.ffn = ffn
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+    def forward(self, x: Tensor, branch: Tensor | None = None, factors: Tensor | None = None) -> Residual:
+        x, normed = self.norm1(x, branch, factors)
+        found = Residual(x, self.mixer(normed), self.draw_factors(x))
         if self.ffn is not None and self.norm2 is not None:
-            x = x + self.drop_path(self.ffn(self.norm2(x)))
-        return x
+            x, normed = self.norm2(*found)
+            found = Residual(x, self.ffn(normed), self.draw_factors(x))
+        return found
+
+    def draw_factors(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth's factors of a branch, (B,): 0 where an image leaves it out; None where there are none."""
+        if not self.training or self.drop_path.drop_prob == 0:
+            return None
+        return self.drop_path(x.new_ones(x.shape[0], dtype=torch.float32))
 
 
 class Stage(nn.Module):
@@ -56,11 +84,11 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        found = Residual(self.downsample(x))
         for block in self.blocks:
             recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x) if recompute else block(x)
-        return x
+            found = checkpoint(block, *found) if recompute else block(*found)
+        return add_branch(*found)
 
 
 class MSVMamba(nn.Module):
@@ -89,8 +117,8 @@ class MSVMamba(nn.Module):
         ssm_weight_decay: whether weight decay acts on A_log and dt_bias, as in the published code.
         grad_checkpointing: whether blocks are recomputed in the backward to save memory.
         global_pool: `avg`, or an empty string for none.
-        backend: of the scans, the depthwise convolutions, the merge of routes and the gate: `auto`, `triton`,
-            `parallel` or `reference`.
+        backend: of the scans, the depthwise convolutions, the merge of routes, the gate and the blocks' norms: `auto`,
+            `triton`, `parallel` or `reference`.
 
     Raises:
         ValueError: a value out of its range, or a toggle that cannot act beside the others.
@@ -142,12 +170,12 @@ class MSVMamba(nn.Module):
             return ConvFFN(dim, drop_rate=ffn_drop_rate, backend=backend) if conv_ffn else None
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        downsampling = PatchMerging if downsample == "merge" else ConvDownsample
+        downsampling = partial(PatchMerging, backend=backend) if downsample == "merge" else ConvDownsample
         self.stem = Stem(in_chans, dims[0])
         self.stages = nn.ModuleList(
             Stage(
                 downsampling(dims[i - 1], dim) if i else nn.Identity(),
-                [Block(dim, mixer(dim), ffn(dim), next(rates)) for _ in range(depth)],
+                [Block(dim, mixer(dim), ffn(dim), next(rates), backend) for _ in range(depth)],
             )
             for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
         )

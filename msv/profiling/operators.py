@@ -1,7 +1,7 @@
 """How the operators beside the scan are timed: ours, torch's on the same tensors, and a copy of the same bytes.
 
-What `depthwise.py` and `merge.py` have in common. A benchmark is a list of cases, each an operator of the network
-on a map.
+What `depthwise.py`, `merge.py` and `norm.py` have in common. A benchmark is a list of cases, each an operator of the
+network on a map.
 """
 
 import argparse

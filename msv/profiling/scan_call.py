@@ -1,31 +1,34 @@
-"""One call of a scan on tensors of its own: what every benchmark of the scan times."""
+"""One call of an operator on tensors of its own: what every benchmark of an operator times."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Columns = dict[str, int | str]
+Outputs = TypeVar("Outputs", Tensor, tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of an operator on tensors of its own, and the gradient that comes back to its output."""
+class Call(Generic[Outputs]):
+    """One call of an operator on tensors of its own, and the gradients that come back to its outputs, one or more."""
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Outputs]
     tensors: tuple[Tensor, ...]
-    upstream: Tensor
+    upstream: Outputs
 
-    def forward(self) -> Tensor:
-        """The output, nothing kept for a backward."""
+    def forward(self) -> Outputs:
+        """The outputs, nothing kept for a backward."""
         with torch.no_grad():
             return self.function(*self.tensors)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """The output and the gradients of all tensors."""
-        y = self.function(*self.tensors)
-        return y, *torch.autograd.grad(y, self.tensors, self.upstream)
+        """The outputs and the gradients of all tensors."""
+        found: Any = self.function(*self.tensors)
+        gradients: tuple[Tensor, ...] = torch.autograd.grad(found, self.tensors, self.upstream)
+        return (*found, *gradients) if isinstance(found, tuple) else (found, *gradients)
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -36,6 +36,7 @@ _OURS = {
     "scan": ("msv::selective_scan", "scan_1d_", "scan_2d_", "carry_chunks"),
     "merge and gate": ("msv::merge_routes", "msv::gate", "normalise", "gate_"),
     "depthwise convolution": ("msv::depthwise_conv", "convolve", "sum_weights"),
+    "normalisation": ("msv::add_norm", "add_norm_"),
 }
 _OPTIMIZER = ("optimizer.", "_foreach_lerp", "fused_adam")
 # Parts of the names of other operators and kernels; the first family that fits.

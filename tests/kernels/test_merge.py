@@ -27,7 +27,7 @@ from gpu_or_interpreter import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from msv.kernels import gate, merge_routes, triton_merge
+from msv.kernels import gate, merge_routes, triton_merge, triton_pixels
 
 
 class Kind(NamedTuple):
@@ -335,12 +335,12 @@ def test_chunks_change_nothing_but_the_rounding_of_sums(
 ):
     shape = (2, 9, 8, 6) if device == "cpu" else (3, 129, 127, 100)
     if device == "cpu":
-        monkeypatch.setattr(triton_merge, "TILE", 256)
+        monkeypatch.setattr(triton_pixels, "TILE", 256)
     runs = [partial(outputs_and_gradients, *make(kind, shape, device=device), backend=BACKEND)]
     runs.append(partial(outputs_and_gradients, gate, make_gate(shape, True, device=device), backend=BACKEND))
     found = []
     for wanted in (1, 100_000):
-        monkeypatch.setattr(triton_merge, "PROGRAMS_WANTED", wanted)
+        monkeypatch.setattr(triton_pixels, "PROGRAMS_WANTED", wanted)
         found.append([run() for run in runs])
     for long, short in zip(*found, strict=True):
         for part, same in zip(long, short, strict=True):
@@ -353,16 +353,16 @@ def test_chunks_change_nothing_but_the_rounding_of_sums(
 
 @pytest.mark.parametrize("batch, pixels, block", [(128, 3136, 64), (1, 196, 256), (1, 1, 16), (2, 765, 2048)])
 def test_programs_cover_the_map(batch, pixels, block):
-    work = triton_merge.split(batch, pixels, block, multiprocessors=132)
+    work = triton_pixels.split(batch, pixels, block, multiprocessors=132)
     assert (work.chunks - 1) * work.tiles * work.pixels < pixels <= work.chunks * work.tiles * work.pixels
-    assert 1 <= work.tiles <= triton_merge.TILES
-    assert work.tiles == 1 or batch * work.chunks >= triton_merge.PROGRAMS_WANTED * 132
+    assert 1 <= work.tiles <= triton_pixels.TILES
+    assert work.tiles == 1 or batch * work.chunks >= triton_pixels.PROGRAMS_WANTED * 132
     assert work.block == block
 
 
 @pytest.mark.parametrize("channels", [1, 16, 33, 96, 100, 128, 192, 384, 1000, 1536])
 def test_blocks_cover_the_channels(channels):
-    block = triton_merge.channel_block(channels)
+    block = triton_pixels.channel_block(channels)
     assert block >= 16
     assert block & (block - 1) == 0
     assert -(-channels // block) <= 3
